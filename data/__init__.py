@@ -1,0 +1,1 @@
+"""What the modules learn from: one file per kind of sample."""

@@ -1,0 +1,1 @@
+"""How modules learn: the commands (fit, evaluate, export), the base task, and one file per method."""
