@@ -1,0 +1,91 @@
+"""The families of modules: short abstract classes that learned modules and untrained baselines share.
+
+Units are counted in call order, from 0; steps are sampler steps, from 0.  Features travel as tuples of tensors, one
+per stream of the block: `(hidden,)`, or `(hidden, encoder_hidden)` where a block carries image and text side by side.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Literal, Self, TypeAlias
+
+from torch import Tensor
+
+Granularity: TypeAlias = Literal["block", "submodule", "span"]
+GRANULARITIES: tuple[Granularity, ...] = ("block", "submodule", "span")
+Features: TypeAlias = tuple[Tensor, ...]
+
+
+class Handle(ABC):
+    """What attaching returns: undoes itself, and knows what the pipeline must be called with.
+
+    `call_kwargs` goes into `pipe(...)`.  As a context manager it detaches on leaving.
+    """
+
+    def __init__(self) -> None:
+        self.call_kwargs: dict[str, Any] = {}
+
+    @abstractmethod
+    def detach(self) -> None:
+        """Takes everything back; calling it again does nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+
+class Selector(ABC):
+    """Decides which units of a step are computed.
+
+    `static` members decide from step and unit alone: the host then settles a whole step before it starts, and passes
+    no features.  `context` is set by the host: the name of the running denoising call (diffusers' cache context) where
+    a pipeline calls the transformer several times per step, else None; state has to be kept per context.
+    """
+
+    static: ClassVar[bool] = True
+    context: str | None = None
+
+    @property
+    def granularities(self) -> tuple[Granularity, ...]:
+        """Where the decision makes sense."""
+        return GRANULARITIES
+
+    def begin(self, num_steps: int | None, units: int) -> None:
+        """Starts a trajectory: forget the last one.  `num_steps` is None where nobody announced it."""
+
+    @abstractmethod
+    def computes(self, step: int, unit: int, hidden: Tensor | None) -> bool:
+        """Whether the unit runs.  `hidden` is its input [B, T, D], None for static members; never read on the host."""
+
+
+class Predictor(ABC):
+    """Stands in for units that are not computed.  State is kept per (`context`, unit), see `Selector.context`."""
+
+    context: str | None = None
+
+    @property
+    def granularities(self) -> tuple[Granularity, ...]:
+        """Where the prediction makes sense."""
+        return GRANULARITIES
+
+    @abstractmethod
+    def ready(self, unit: int) -> bool:
+        """Whether `predict` has something to go by; the host computes the unit otherwise."""
+
+    @abstractmethod
+    def observe(self, unit: int, step: int, inputs: Features, outputs: Features) -> None:
+        """Takes note of a computed unit."""
+
+    @abstractmethod
+    def predict(self, unit: int, step: int, inputs: Features) -> Features:
+        """The outputs that stand in for the unit's, same shapes and dtypes as those observed."""
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Forgets everything and frees it."""
+
+    @abstractmethod
+    def memory_bytes(self) -> int:
+        """Bytes of the tensors held now."""
