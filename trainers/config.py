@@ -1,0 +1,144 @@
+"""What a recipe and the commands may say: the sections every method shares.
+
+Pure pydantic, no torch: a wrong line is refused before anything heavy is imported.  A method adds its own sections in
+`trainers/schemas/<method>.py` as `class Recipe(RecipeBase)`.  Every field's description is what `--help` prints.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, field_validator
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def _number_as_text(value: Any) -> Any:
+    """`run=12` reaches us as a number; names are text."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+Text = Annotated[str, BeforeValidator(_number_as_text)]
+
+
+class Section(BaseModel):
+    """A group of keys: closed, so that a typo is an error and never a silent default."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, validate_default=True, protected_namespaces=())
+
+
+class Backbone(Section):
+    """The frozen model that the module is trained for."""
+
+    name: Text = Field(description="embedded:<name>, a folder, or a Hub id that the backbone's own library loads")
+    revision: Text | None = Field(default=None, description="Hub commit or tag of the backbone; null takes the newest")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32",
+        description="dtype the frozen weights are held in; the learned part is float32 whatever this is",
+    )
+
+
+class Optimizer(Section):
+    """AdamW and its schedule."""
+
+    lr: float = Field(
+        default=1e-4, gt=0, description="peak learning rate; a method may multiply it for some of its tensors"
+    )
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's decoupled weight decay")
+    betas: tuple[float, float] = Field(default=(0.9, 0.99), description="AdamW's two moment decay rates")
+    warmup_steps: int = Field(
+        default=0, ge=0, description="updates over which the learning rate rises from zero, linearly"
+    )
+    schedule: Literal["cosine", "constant"] = Field(
+        default="cosine", description="course of the learning rate after warm-up: down to zero at max_steps, or flat"
+    )
+
+
+class TrainerSection(Section):
+    """How long, on what, and how often something is written."""
+
+    max_steps: PositiveInt = Field(default=400, description="updates of the learned part")
+    accelerator: Literal["auto", "cpu", "gpu"] = Field(
+        default="auto", description="kind of device; auto takes a GPU if any"
+    )
+    devices: PositiveInt | Literal["auto"] = Field(default=1, description="processes per node, one device each")
+    num_nodes: PositiveInt = Field(default=1, description="machines that train together")
+    strategy: str = Field(
+        default="auto", description="a Lightning strategy name; auto is single device, or DDP for several"
+    )
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = Field(
+        default="32-true", description="arithmetic of a step; the learned weights stay float32 in all of them"
+    )
+    accumulate_grad_batches: PositiveInt = Field(default=1, description="batches that make one update")
+    gradient_clip: float = Field(default=1.0, ge=0, description="largest norm of the gradient; 0 does not clip")
+    ema: float = Field(
+        default=0.0, ge=0, lt=1, description="decay of the running average that is exported; 0 keeps none"
+    )
+    num_workers: int = Field(
+        default=0, ge=0, description="processes that prepare batches; 0 prepares them in the main one"
+    )
+    log_every: PositiveInt = Field(
+        default=20, description="updates between two lines of metrics.csv and of the progress"
+    )
+    save_every: PositiveInt = Field(default=200, description="updates between two checkpoints")
+    sample_every: int = Field(default=0, ge=0, description="updates between two sample grids; 0 draws none")
+
+
+class Evaluation(Section):
+    """How the exported adapter is measured."""
+
+    inputs: PositiveInt = Field(default=64, description="held-out inputs that quality is measured on")
+    batch_size: PositiveInt = Field(default=16, description="images per call of the pipeline")
+    repeats: PositiveInt = Field(default=5, description="paired timing rounds, each with every row once")
+    seed: int = Field(default=1234, description="seed of the held-out inputs and of their noise")
+
+
+class RecipeBase(Section):
+    """One training run: what is trained, on which backbone, how long, and where it is written."""
+
+    recipe: Text = Field(default="", description="name of the recipe file; the command fills it in")
+    method: str = Field(description="what learns: a file of this name is in modules/, trainers/ and trainers/schemas/")
+    backbone: Backbone = Field(description="the frozen model")
+    optimizer: Optimizer = Field(default_factory=Optimizer, description="AdamW and its schedule")
+    trainer: TrainerSection = Field(default_factory=TrainerSection, description="budget, devices, intervals")
+    evaluation: Evaluation = Field(default_factory=Evaluation, description="how the exported adapter is measured")
+    logger: Literal["csv", "none"] = Field(default="csv", description="csv writes metrics.csv into the run folder")
+    seed: int = Field(default=0, ge=0, description="fixes initial weights, data order and noise")
+    run: Text | None = Field(
+        default=None, description="name of the run's folder; null takes the SLURM job id, else the first free number"
+    )
+    resume: Text | None = Field(default=None, description="folder of a run to continue, with the recipe stored there")
+    evaluate: bool = Field(default=True, description="measure the adapter when training ends")
+    output_dir: Text = Field(default="outputs", description="folder that holds <recipe>/<run>/")
+
+    @field_validator("run")
+    @classmethod
+    def _run_is_a_folder_name(cls, value: str | None) -> str | None:
+        if value is not None and not NAME.fullmatch(value):
+            raise ValueError("letters, digits, '.', '_' and '-', beginning with a letter or a digit")
+        return value
+
+
+class EvaluateConfig(Section):
+    """`python -m trainers.evaluate`: measure an exported adapter against its backbone and the untrained members."""
+
+    adapter: Text = Field(description="folder of an exported adapter, or a Hub id")
+    revision: Text | None = Field(default=None, description="Hub commit or tag of the adapter; null takes the newest")
+    backbone: Text | None = Field(default=None, description="backbone to load; null takes the one the adapter names")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32", description="dtype the backbone runs in"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where it runs; auto takes a GPU if any")
+    output: Text | None = Field(
+        default=None, description="folder for report.* and samples/; null: the adapter's parent folder"
+    )
+    evaluation: Evaluation = Field(default_factory=Evaluation, description="how the adapter is measured")
+
+
+class ExportConfig(Section):
+    """`python -m trainers.export`: write the adapter of a run's checkpoint once more."""
+
+    run: Text = Field(description="folder of the run, as outputs/<recipe>/<run>")
+    checkpoint: Text | None = Field(default=None, description="checkpoint file; null takes the run's newest")
+    output: Text | None = Field(default=None, description="folder of the adapter; null writes <run>/adapter")
