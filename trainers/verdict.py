@@ -1,0 +1,93 @@
+"""What a table of measured rows says about the adapter, in data and in words, whichever way it turns out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from trainers.rows import Row
+
+_SAME_LATENCY = 0.99
+"""A rival that takes at least this share of the adapter's time is equally slow: medians are no better than that."""
+
+
+def equal_latency_verdict(rows: Sequence[Row], metric: str = "psnr_db") -> dict[str, Any] | None:
+    """Is the adapter closer to the reference than every rival that takes as long?
+
+    A rival is a row of kind untrained, plain or peer.  Of each group (one method at several settings) the row that
+    counts is the fastest one that is not faster than the adapter: with arbitrarily more time any method reaches the
+    reference.  A *faster* row that is as close beats the adapter outright and is listed too.
+
+    Args:
+        rows: of one report; the higher `metric`, the better.
+    Returns:
+        None without an adapter row; else `adapter`, `metric`, `value`, `latency_s`, `rivals` (each with `margin`,
+        positive where the adapter is closer, `closer` and `faster`), `unmatched` (groups with no row as slow as the
+        adapter) and `wins`: closer than every listed rival, and no group unmatched.
+    """
+    adapter = next((row for row in rows if row.kind == "adapter"), None)
+    if adapter is None or metric not in adapter.quality:
+        return None
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.kind in ("untrained", "plain", "peer"):
+            groups.setdefault(row.group or row.name, []).append(row)
+    rivals, unmatched = [], []
+    for group, members in groups.items():
+        slower = [row for row in members if row.latency_s >= _SAME_LATENCY * adapter.latency_s]
+        if slower:
+            rivals.append(_compare(adapter, min(slower, key=lambda row: row.latency_s), metric, faster=False))
+        else:
+            unmatched.append(group)
+        quicker = [row for row in members if row not in slower and row.quality[metric] >= adapter.quality[metric]]
+        rivals += [_compare(adapter, row, metric, faster=True) for row in quicker]
+    return {
+        "adapter": adapter.name,
+        "metric": metric,
+        "value": adapter.quality[metric],
+        "latency_s": adapter.latency_s,
+        "rivals": rivals,
+        "unmatched": unmatched,
+        "wins": bool(rivals) and not unmatched and all(rival["closer"] for rival in rivals),
+    }
+
+
+def _compare(adapter: Row, rival: Row, metric: str, *, faster: bool) -> dict[str, Any]:
+    margin = adapter.quality[metric] - rival.quality[metric]
+    return {
+        "name": rival.name,
+        "group": rival.group or rival.name,
+        "kind": rival.kind,
+        "latency_s": rival.latency_s,
+        "value": rival.quality[metric],
+        "margin": margin,
+        "closer": margin > 0,
+        "faster": faster,
+    }
+
+
+def verdict_text(verdict: dict[str, Any] | None) -> str:
+    """The verdict as one paragraph for the report and the card."""
+    if verdict is None:
+        return "There is no adapter among the rows, so there is nothing to compare."
+    unit = " dB" if verdict["metric"].endswith("_db") else ""
+    name = verdict["metric"].removesuffix("_db").upper()
+    time = f"{verdict['latency_s'] * 1000:.0f} ms"
+    opening = f"**{verdict['adapter']}** reaches {verdict['value']:.2f}{unit} {name} in {time}."
+    sentences = [opening, *(_rival_sentence(rival, unit) for rival in verdict["rivals"])]
+    if verdict["unmatched"]:
+        groups = ", ".join(verdict["unmatched"])
+        sentences.append(f"No row of {groups} takes as long as the adapter, so nothing is shown against it.")
+    if not verdict["rivals"] and not verdict["unmatched"]:
+        sentences.append("No rival was measured.")
+    elif verdict["wins"]:
+        sentences.append("It is closer to the reference than every rival at equal or higher latency.")
+    elif lost := [rival["name"] for rival in verdict["rivals"] if not rival["closer"]]:
+        sentences.append(f"**It loses to {', '.join(lost)}: use that instead.**")
+    return " ".join(sentences)
+
+
+def _rival_sentence(rival: dict[str, Any], unit: str) -> str:
+    side = "closer than" if rival["closer"] else "farther than" if rival["margin"] < 0 else "exactly as close as"
+    time = f"{rival['latency_s'] * 1000:.0f} ms" + (", faster than the adapter" if rival["faster"] else "")
+    return f"It is {abs(rival['margin']):.2f}{unit} {side} {rival['name']} ({rival['value']:.2f}{unit}, {time})."
