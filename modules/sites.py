@@ -110,14 +110,15 @@ def find_transformer(target: Any) -> nn.Module:
     """The transformer of a pipeline, or the model itself, without torch.compile's wrapper.
 
     Raises:
-        ValueError: the target is neither, or its class is not supported.
+        TypeError: the target is neither.
+        ValueError: its class is not supported.
     """
     from diffusers.utils.torch_utils import unwrap_module
 
     given = target if isinstance(target, nn.Module) else getattr(target, "transformer", None)
     model = cast(Any, unwrap_module)(given)
     if not isinstance(model, nn.Module):
-        raise ValueError(
+        raise TypeError(
             f"a {type(target).__name__} has no transformer: give a diffusers pipeline or a {' or '.join(sorted(_STACKS))}"
         )
     _block_lists(model)

@@ -43,11 +43,13 @@ class StepClock(Handle):
         self._shapes: dict[str | None, torch.Size] = {}
         self._on_begin: list[Callable[[], None]] = []
         self._on_step: list[Callable[[], None]] = []
-        self._pipe = None if isinstance(target, nn.Module) else target
+        self._pipe: Any = None if isinstance(target, nn.Module) else target
         self._scheduler: Any = None
         self._name = unique_name("clock")
         add_hook(self.transformer, _RootHook(self), self._name)
-        self._follow_scheduler()
+        if self._pipe is not None:
+            self._scheduler = self._pipe.scheduler
+            _listen(self._scheduler, self._read_timesteps)
 
     def on_begin(self, callback: Callable[[], None]) -> None:
         """Calls back when a trajectory begins, and when features kept so far no longer fit the input's shape."""
@@ -73,7 +75,6 @@ class StepClock(Handle):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def advance(self, shape: torch.Size, context: str | None) -> None:
         """One root forward is about to run on inputs of this shape; called by the clock's own hook."""
-        self.context = context
         if self._pinned is not None:
             self.step = self._pinned
         else:
@@ -81,7 +82,7 @@ class StepClock(Handle):
                 self._follow_scheduler()
             if self._shapes.setdefault(context, shape) != shape:
                 self._change_shape()
-                self._shapes[context], self.context = shape, context
+                self._shapes[context] = shape
             self.step = self._steps[context] = self._steps.get(context, -1) + 1
             if self.num_steps is not None and self.step >= self.num_steps:
                 raise ValueError(
@@ -89,6 +90,7 @@ class StepClock(Handle):
                     "a new one with scheduler.set_timesteps(...) or clock.begin(...), and wrap several calls per step "
                     "in diffusers' cache_context"
                 )
+        self.context = context
         for callback in self._on_step:
             callback()
 
@@ -101,18 +103,15 @@ class StepClock(Handle):
             callback()
 
     def _follow_scheduler(self) -> None:
+        # Someone gave the pipeline another scheduler, whose set_timesteps has been called by now.
         _stop_listening(self._scheduler, self._read_timesteps)
-        self._scheduler = None if self._pipe is None else self._pipe.scheduler
-        if self._scheduler is not None:
-            _listen(self._scheduler, self._read_timesteps)
-            self._read_timesteps()
+        self._scheduler = self._pipe.scheduler
+        _listen(self._scheduler, self._read_timesteps)
+        self._read_timesteps()
 
     def _read_timesteps(self) -> None:
-        timesteps = self._scheduler.timesteps
-        # Before set_timesteps a scheduler holds all its training steps: nothing was announced yet.
-        announced = getattr(self._scheduler, "num_inference_steps", None) is not None
-        values = tuple(timesteps.tolist()) if announced else ()
-        self.begin(len(values) if announced else None, values)
+        timesteps = tuple(self._scheduler.timesteps.tolist())
+        self.begin(len(timesteps), timesteps)
 
     def detach(self) -> None:
         """Removes the root hook and gives `scheduler.set_timesteps` back."""
