@@ -1,0 +1,138 @@
+"""`python -m trainers.evaluate adapter=<dir|hub id> [key=value]`: measure an exported adapter against its rivals."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainers.config import EvaluateConfig
+from trainers.recipes import exit_on_error, plain_command
+from trainers.settings import ConfigError
+
+if TYPE_CHECKING:
+    from checkpoints.manifest import Manifest
+
+USAGE = """usage: python -m trainers.evaluate adapter=<folder or Hub id> [key=value ...]
+
+Runs the adapter, its backbone, and the untrained and plain alternatives at about the adapter's work in turns, and
+writes report.json, report.md, report.png and samples/grid.png.  --print shows the resolved settings and exits."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command.  Exit codes: 0 done, 1 refused adapter or backbone, 2 wrong settings."""
+    config = plain_command(EvaluateConfig, sys.argv[1:] if argv is None else argv, USAGE)
+    if config is None:
+        return 0
+    if config.evaluation.repeats < 5:
+        raise ConfigError([f"evaluation.repeats is {config.evaluation.repeats}, expected an integer >= 5"])
+    try:
+        run(config)
+    except ValueError as error:  # AdapterError and every other refusal of what was given
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run(config: EvaluateConfig) -> dict[str, Any]:
+    """Measure an adapter, write the report and the adapter's card, print the table.
+
+    The method's own `trainers/<method>.py` says what is run and what quality means, in
+    `evaluation_setup(driver, adapter_folder, config) -> trainers.evaluation.EvaluationSetup`.
+
+    Returns:
+        the content of report.json.
+    Raises:
+        ValueError: the adapter or the backbone is refused (AdapterError), or the device is not there.
+    """
+    import torch
+    from rich.console import Console
+
+    from checkpoints.manifest import read_manifest
+    from modules.pipelines import driver, load_pipeline
+    from trainers import report as reports
+    from trainers.evaluation import adapter_folder, method_module
+    from trainers.run_folder import code_version
+
+    adapter = adapter_folder(config.adapter, config.revision)
+    manifest = read_manifest(adapter)
+    method = method_module(manifest.method)
+    device = _device(config.device)
+    name = config.backbone or manifest.base_model_name_or_path
+    revision = None if config.backbone else manifest.base_model_revision
+    console, settings = Console(), config.evaluation
+    with console.status(f"loading {name}") as status:
+        notify: Callable[[str], None] = status.update
+        running = driver(load_pipeline(name, revision, config.dtype).to(device), name)
+        notify("reference images, and rivals at the adapter's work")
+        setup = method.evaluation_setup(running, adapter, config)
+        rows = reports.measure_cases(
+            running,
+            setup.cases,
+            setup.inputs,
+            setup.seeds,
+            setup.reference,
+            repeats=settings.repeats,
+            batch_size=settings.batch_size,
+            timing_batch=setup.timing_batch,
+            quality_fns=setup.quality,
+            seed=settings.seed,
+            notify=notify,
+        )
+    code = code_version()
+    report = reports.build_report(
+        rows,
+        method=manifest.method,
+        backbone=name,
+        device=reports.device_name(torch.device(device)),
+        commit=f"{code['commit'] or 'unknown'}{'-dirty' if code['dirty'] else ''}",
+        seed=settings.seed,
+        inputs=len(setup.inputs),
+        batch_size=settings.batch_size,
+        timing_batch=setup.timing_batch,
+        reference=setup.reference_text,
+        dtype=config.dtype,
+        adapter_seed=manifest.made_by.get("seed"),
+    )
+    output = _output_folder(config, adapter)
+    reports.write_report(output, report, rows)
+    if Path(config.adapter).is_dir():  # a snapshot in the Hub's cache is not ours to change
+        _refresh_adapter(adapter, manifest, report, output)
+    reports.print_table(rows, console)
+    console.print(f"report: {output}", highlight=False)
+    return report
+
+
+def _device(wanted: str) -> str:
+    import torch
+
+    available = torch.cuda.is_available()
+    if wanted == "cuda" and not available:
+        raise ValueError("device is cuda but torch sees no GPU here: set device=cpu, or leave it out")
+    return "cuda" if wanted == "cuda" or (wanted == "auto" and available) else "cpu"
+
+
+def _output_folder(config: EvaluateConfig, adapter: Path) -> Path:
+    """As asked; else the run that the adapter lies in; else a folder of its own under outputs/."""
+    if config.output:
+        return Path(config.output)
+    if (adapter.parent / "provenance.json").is_file():
+        return adapter.parent
+    return Path("outputs") / "evaluate" / Path(config.adapter).name
+
+
+def _refresh_adapter(adapter: Path, manifest: Manifest, report: dict[str, Any], output: Path) -> None:
+    """Put the measured table into the adapter's card and the report beside it, so that they travel together."""
+    from checkpoints.card import card
+    from checkpoints.save import replace_card
+    from trainers.run_folder import atomic_write
+    from trainers.verdict import verdict_text
+
+    for name in ("report.json", "report.md", "report.png"):
+        atomic_write(adapter / name, (output / name).read_bytes())
+    replace_card(adapter, card(manifest, report, verdict_text(report["verdict"])))
+
+
+if __name__ == "__main__":
+    sys.exit(exit_on_error(main))
