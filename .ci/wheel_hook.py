@@ -1,7 +1,7 @@
 """Lays the wheel out under the one name `afterburner/`, with our own absolute imports rewritten to match.
 
-In a checkout `modules`, `data`, `kernels`, ... are top-level packages.  Installed like that they would overwrite Hugging
-Face's `kernels` and collide with the `data/` or `modules/` of every user's own project.
+In a checkout `modules`, `data`, `kernels`, ... are top-level packages.  Installed like that they would overwrite
+Hugging Face's `kernels` and collide with the `data/` or `modules/` of every user's own project.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def _is_own(module: str | None) -> bool:
 def _alias_edit(alias: ast.alias, path: Path) -> tuple[int, int, bytes, bytes]:
     if "." in alias.name and alias.asname is None:
         package, _, name = alias.name.rpartition(".")
-        raise ValueError(f"{path}:{alias.lineno}: write `from {package} import {name}` instead of `import {alias.name}`")
+        raise ValueError(f"{path}:{alias.lineno}: write `from {package} import {name}`, not `import {alias.name}`")
     renamed = f"{NAME}.{alias.name}" + ("" if alias.asname else f" as {alias.name}")
     return alias.lineno, alias.col_offset, alias.name.encode(), renamed.encode()
 
@@ -97,4 +97,4 @@ def _refuse_import_by_name(node: ast.Call, path: Path) -> None:
         return
     name = node.args[0].values[0] if isinstance(node.args[0], ast.JoinedStr) and node.args[0].values else node.args[0]
     if isinstance(name, ast.Constant) and isinstance(name.value, str) and _is_own(name.value):
-        raise ValueError(f"{path}:{node.lineno}: importing {name.value!r} by name must start from __name__ or __package__")
+        raise ValueError(f"{path}:{node.lineno}: the name {name.value!r} must be built from __name__ or __package__")
