@@ -1,0 +1,278 @@
+"""The task every method trains: a frozen backbone, the part that learns, and nothing of the first in what is kept."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
+
+from data.stepped import StepOrder, derive_seed, stepped_loader
+from trainers.config import RecipeBase
+from trainers.recipes import to_yaml
+from trainers.run_folder import code_version, versions
+
+
+class NonFiniteLoss(RuntimeError):
+    """Training met a loss or a weight that is not a finite number."""
+
+
+class FrozenBackboneTask(L.LightningModule):
+    """A frozen backbone plus the one part that learns.  A method adds `training_step` and `train_dataloader`.
+
+    The backbone is never in train mode, never in a checkpoint, never in the optimizer.  What learns is held in float32
+    whatever the backbone's dtype.  Before batch `n` the random generators are seeded from (seed, n, rank): together
+    with a loader from `stepped_loader` every update is a function of the step, and resuming is exact.
+
+    Attributes:
+        backbone: frozen, eval mode.  learned: trained.  averaged: running average of `learned`, or None.
+        exported: what is exported and sampled with: the average when there is one.
+    """
+
+    # Checkpoints hold the learned part only; on_load_checkpoint is strict about that part.
+    strict_loading = False
+
+    def __init__(
+        self, backbone: nn.Module, learned: nn.Module, recipe: RecipeBase, copied: Mapping[str, str] | None = None
+    ) -> None:
+        """
+        Args:
+            learned: must not contain the backbone; it is copied when an average is kept.
+            copied: child of `learned` -> where in the backbone its initial values come from, for the table.
+        """
+        super().__init__()
+        frozen = {id(parameter) for parameter in backbone.parameters()}
+        if shared := [name for name, parameter in learned.named_parameters() if id(parameter) in frozen]:
+            raise ValueError(f"learned holds the backbone's own parameter as {shared[0]}: give it a copy")
+        self.recipe, self.copied = recipe, dict(copied or {})
+        self.backbone = backbone.requires_grad_(False)
+        self.learned = learned.float().requires_grad_(True)
+        self.averaged = copy.deepcopy(self.learned).requires_grad_(False) if recipe.trainer.ema else None
+        self.order: StepOrder | None = None
+        self.batch_number, self.steps_done = -1, 0
+        self._notes: dict[str, tuple[Tensor, int]] = {}
+        self._unchecked: tuple[str, Tensor, torch.cuda.Event] | None = None
+        self.register_state_dict_post_hook(_keep_the_learned_part)
+        self.train()
+
+    @property
+    def exported(self) -> nn.Module:
+        """What is exported and sampled with."""
+        return self.learned if self.averaged is None else self.averaged
+
+    # What a method supplies.
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Optimizer groups; a group may set its own `lr` or `weight_decay`.  Default: all that learns, as one."""
+        return [{"params": list(self.learned.parameters())}]
+
+    def export_adapter(self, folder: Path) -> None:
+        """Write the adapter of `exported` into `folder`."""
+        raise NotImplementedError(f"{type(self).__name__} does not export an adapter")
+
+    def sample_images(self, count: int) -> tuple[Tensor, Tensor] | None:
+        """(teacher's, student's) images [count, C, H, W] in -1..1 from the same noise, for the grid, or None."""
+        return None
+
+    def adapter_target(self) -> Any:
+        """What the exported adapter is loaded into to try it: a pipeline, or the backbone."""
+        return self.backbone
+
+    # What a method calls.
+
+    def made_by(self) -> dict[str, Any]:
+        """The adapter's `made_by` entry: recipe, code, versions, steps, seed."""
+        code = code_version()
+        return {
+            "recipe": self.recipe.recipe,
+            "recipe_sha256": hashlib.sha256(to_yaml(self.recipe).encode()).hexdigest(),
+            "code": code["commit"] and code["commit"] + ("-dirty" if code["dirty"] else ""),
+            "versions": versions(),
+            "steps": self.steps_done,
+            "seed": self.recipe.seed,
+        }
+
+    def stepped_loader(self, fetch: Callable[[Tensor], Any], length: int, batch_size: int) -> DataLoader[Any]:
+        """The loader of `train_dataloader`: endless, beginning at the batch of the current step.
+
+        Args:
+            fetch: sample numbers [batch_size] -> batch, without drawing from the global random generators.
+            length: how many samples there are.
+            batch_size: per rank.
+        """
+        attached = self._trainer is not None
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if attached else (0, 1)
+        self.order = StepOrder(
+            length=length, batch_size=batch_size, seed=self.recipe.seed, rank=rank, world_size=world_size
+        )
+        start = self.global_step * self.recipe.trainer.accumulate_grad_batches if attached else 0
+        return stepped_loader(fetch, self.order, start, self.recipe.trainer.num_workers)
+
+    def note(self, **values: Tensor) -> None:
+        """Remember scalars for the metrics; the mean since the last line is written.  Costs one addition, no sync."""
+        for name, value in values.items():
+            total, count = self._notes.get(name, (0.0, 0))
+            self._notes[name] = (total + value.detach(), count + 1)
+
+    def take_notes(self) -> dict[str, float]:
+        """Means of what was noted since the last call."""
+        notes, self._notes = self._notes, {}
+        return {name: float(total) / count for name, (total, count) in notes.items()}
+
+    def parameter_table(self) -> list[dict[str, Any]]:
+        """What is trained, what of it was copied from the backbone, what is frozen: the adapter's `trained` entry."""
+        parts = dict(self.learned.named_children())
+        direct = dict(self.learned.named_parameters(recurse=False))
+        rows = [_row(f"learned.{name}", list(part.parameters()), self._origin(name)) for name, part in parts.items()]
+        rows += [_row(f"learned.{name}", [value], self._origin(name)) for name, value in direct.items()]
+        frozen = _row(
+            f"backbone ({type(self.backbone).__name__})", list(self.backbone.parameters()), {"state": "frozen"}
+        )
+        return [row for row in rows if row["parameters"]] + [frozen]
+
+    def _origin(self, name: str) -> dict[str, str]:
+        source = self.copied.get(name)
+        return {"state": "trained"} if source is None else {"state": "trained", "copied_from": source}
+
+    # Lightning's hooks.
+
+    def train(self, mode: bool = True) -> FrozenBackboneTask:
+        """Only what learns follows the mode: frozen means dropout and running statistics too."""
+        super().train(False)
+        self.learned.train(mode)
+        self.training = mode
+        return self
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW on the method's groups; linear warm-up, then a cosine to zero or a constant."""
+        settings, budget = self.recipe.optimizer, self.recipe.trainer
+        optimizer = torch.optim.AdamW(
+            self.parameter_groups(),
+            lr=settings.lr,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+            # The fused form unscales gradients by itself, which does not go with clipping under mixed precision.
+            fused=budget.precision == "32-true",
+        )
+        ours = {id(parameter) for parameter in self.learned.parameters()}
+        if any(id(parameter) not in ours for group in optimizer.param_groups for parameter in group["params"]):
+            raise ValueError("parameter_groups() names a parameter that is not in `learned`; only that part is trained")
+
+        def factor(step: int) -> float:
+            if step < settings.warmup_steps:
+                return (step + 1) / settings.warmup_steps
+            if settings.schedule == "constant":
+                return 1.0
+            done = (step - settings.warmup_steps) / max(1, budget.max_steps - settings.warmup_steps)
+            return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """Batches are counted from the step that the run begins or resumes at."""
+        self.batch_number = self.global_step * self.recipe.trainer.accumulate_grad_batches - 1
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """The random numbers of a batch depend on its number and nothing that came before."""
+        self.batch_number += 1
+        torch.manual_seed(derive_seed(self.recipe.seed, "batch", self.batch_number, self.global_rank))
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        """Stop before a loss that is not finite reaches a weight.
+
+        On a GPU the answer is fetched without waiting for the device and read at the next step, one update later.
+        """
+        where = self._where()
+        finite = torch.isfinite(loss.detach()).all()
+        if not loss.is_cuda:
+            self._stop_unless(finite, where)
+            return
+        self.check_pending()
+        arrived = torch.cuda.Event()
+        answer = finite.to("cpu", non_blocking=True)
+        arrived.record()
+        self._unchecked = (where, answer, arrived)
+
+    def check_pending(self) -> None:
+        """Read the answer of the step before, if it is still under way."""
+        if self._unchecked is not None:
+            (where, answer, arrived), self._unchecked = self._unchecked, None
+            arrived.synchronize()
+            self._stop_unless(answer, where)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """One update, and the running average's."""
+        super().optimizer_step(*args, **kwargs)
+        self.steps_done = self.global_step + 1
+        if self.averaged is not None:
+            # A young average forgets faster, else the initial weights would stay in it for thousands of updates.
+            decay = min(self.recipe.trainer.ema, (1 + self.steps_done) / (10 + self.steps_done))
+            ours, theirs = list(self.averaged.parameters()), list(self.learned.parameters())
+            get_ema_multi_avg_fn(decay)([p.data for p in ours], [p.data for p in theirs], 0)
+            for mine, buffer in zip(self.averaged.buffers(), self.learned.buffers(), strict=True):
+                mine.copy_(buffer)
+
+    def on_train_end(self) -> None:
+        """The last step's loss is checked too."""
+        self.check_pending()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Never replace a good checkpoint by one whose weights are broken."""
+        self.check_pending()
+        sums = torch.stack([value.detach().float().sum() for value in self.learned.state_dict().values()])
+        if not bool(torch.isfinite(sums).all()):
+            raise NonFiniteLoss(f"the learned weights are not finite after {self._where()}: lower optimizer.lr")
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Every learned name with its shape must be there, and nothing else."""
+        want = {name: tuple(value.shape) for name, value in self.state_dict().items()}
+        got = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
+        if missing := sorted(want.keys() - got.keys()):
+            raise ValueError(f"the checkpoint lacks {missing[0]} ({len(missing)} missing): it is of another module")
+        if unknown := sorted(got.keys() - want.keys()):
+            raise ValueError(f"the checkpoint has {unknown[0]}, which this module lacks ({len(unknown)} such)")
+        if wrong := [name for name in want if want[name] != got[name]]:
+            raise ValueError(f"{wrong[0]} is {got[wrong[0]]} in the checkpoint but {want[wrong[0]]} in this module")
+        self.steps_done = int(checkpoint["global_step"])
+
+    def _where(self) -> str:
+        where = f"step {self.global_step}, batch {self.batch_number}"
+        if self.order is None or self.batch_number < 0:
+            return where
+        samples = self.order.indices(self.batch_number).tolist()
+        more = ", ..." if len(samples) > 8 else ""
+        return f"{where} (samples {', '.join(map(str, samples[:8]))}{more})"
+
+    def _stop_unless(self, finite: Tensor, where: str) -> None:
+        if not bool(finite):
+            raise NonFiniteLoss(f"the loss is not finite at {where}: lower optimizer.lr, or look at those samples")
+
+
+def _keep_the_learned_part(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    kept = (f"{prefix}learned.", f"{prefix}averaged.")
+    for name in [name for name in state if name.startswith(prefix) and not name.startswith(kept)]:
+        del state[name]
+
+
+def _row(name: str, parameters: list[nn.Parameter], origin: Mapping[str, str]) -> dict[str, Any]:
+    dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in parameters})
+    count = sum(parameter.numel() for parameter in parameters)
+    return {"part": name, **origin, "tensors": len(parameters), "parameters": count, "dtype": "+".join(dtypes)}
+
+
+def state_hash(module: nn.Module) -> str:
+    """SHA-256 over names, dtypes, shapes and all bits of a module's state: equal before and after means frozen."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

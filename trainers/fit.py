@@ -1,0 +1,153 @@
+"""python -m trainers.fit recipe=NAME [key=value ...]: train, export, evaluate."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+from trainers import recipes
+from trainers.config import EvaluateConfig, RecipeBase
+from trainers.run_folder import ENVIRONMENT_KEY, RunFolder
+from trainers.settings import ConfigError, help_text
+
+USAGE = """usage: python -m trainers.fit recipe=NAME [key=value ...]   train, export, evaluate
+       python -m trainers.fit resume=outputs/RECIPE/RUN [trainer.max_steps=N]   continue a run
+
+  recipe=NAME   a shipped recipe, or the path of a .yaml file (which may extend shipped ones)
+  --help        this, and every key; with recipe=NAME the method's keys too, with the recipe's values
+  --list        the shipped recipes
+  --print       the resolved recipe as YAML, then exit
+  --dry-run     build everything, one update, export, load again, then exit; leaves nothing behind"""
+OPTIONS = ("--help", "--list", "--print", "--dry-run")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code (2: refused, 3: non-finite loss, 128 + signal: interrupted)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        line = recipes.read_command_line(argv, OPTIONS)
+        if "--list" in line.options:
+            print(_listing())
+            return 0
+        if "--help" in line.options and not line.overrides:
+            print(f"{USAGE}\n\nkeys of every recipe, with their defaults:\n{help_text(RecipeBase)}")
+            return 0
+        recipe = _recipe(line)
+        if "--help" in line.options:
+            print(f"{USAGE}\n\nkeys of recipe {recipe.recipe}, with its values:\n{help_text(type(recipe), recipe)}")
+            return 0
+        if "--print" in line.options:
+            print(recipes.to_yaml(recipe), end="")
+            return 0
+        return _fit(recipe, argv, dry_run="--dry-run" in line.options)
+    except ConfigError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped before training began; nothing was kept", file=sys.stderr)
+        return 130
+
+
+def _listing() -> str:
+    blocks = [
+        f"{name}\n" + "\n".join(f"    {row}" for row in text.split("\n")) for name, text in recipes.available().items()
+    ]
+    return "\n".join([*blocks, "run one with: python -m trainers.fit recipe=NAME"])
+
+
+def _recipe(line: recipes.CommandLine) -> RecipeBase:
+    """The checked recipe of a command line, or every problem of it."""
+    name, resume = line.take("recipe"), line.take("resume")
+    problems = list(line.problems)
+    if name is None and resume is None:
+        problems.append("recipe=NAME is missing: --list shows the shipped recipes, or give the path of a .yaml file")
+    try:
+        if resume is not None:
+            recipe = recipes.compose_resumed(resume, name, line.overrides)
+        elif name is not None:
+            recipe = recipes.compose_recipe(name, line.overrides)
+    except ConfigError as error:
+        problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return recipe
+
+
+def _fit(recipe: RecipeBase, argv: Sequence[str], dry_run: bool) -> int:
+    from rich.console import Console
+
+    # The first import of torch on this path: everything above has been checked.
+    from trainers import training
+    from trainers.base import NonFiniteLoss
+    from trainers.callbacks import Interrupted
+
+    console = Console()
+    if dry_run:
+        training.dry_run(recipe, console)
+        console.print(f"{recipe.recipe}: built, trained one update, exported and loaded again; nothing was kept")
+        return 0
+
+    def terminated(signum: int, frame: object) -> None:
+        raise Interrupted(signum, 0)
+
+    # While no step is running (loading, exporting, evaluating) there is nothing to finish first.
+    before = signal.signal(signal.SIGTERM, terminated)
+    folder = RunFolder.for_recipe(recipe)
+    # Processes that Lightning starts beside this one must write to the same folder.
+    first = ENVIRONMENT_KEY not in os.environ
+    os.environ[ENVIRONMENT_KEY] = str(folder.path)
+    try:
+        if first:
+            folder.begin(recipe, ["python", "-m", "trainers.fit", *argv])
+        console.print(f"{recipe.method} for {recipe.backbone.name}, run folder {folder.path}", highlight=False)
+        task = training.build_task(recipe)
+        trainer = training.train(task, folder, console)
+        if trainer.is_global_zero:
+            _finish(task, recipe, folder)
+            console.print(f"adapter and report are in {folder.path}", highlight=False)
+        return 0
+    except NonFiniteLoss as error:
+        return _stopped(folder, str(error), 3)
+    except Interrupted as error:
+        return _stopped(folder, str(error), 128 + error.signum)
+    except KeyboardInterrupt:
+        return _stopped(folder, "interrupted", 130)
+    except (ValueError, OSError) as error:
+        return _stopped(folder, " ".join(str(error).split()), 1)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        if first:
+            os.environ.pop(ENVIRONMENT_KEY, None)
+            folder.discard_if_empty()
+
+
+def _finish(task: object, recipe: RecipeBase, folder: RunFolder) -> None:
+    """Export the adapter and, unless the recipe says otherwise, measure it."""
+    task.export_adapter(folder.adapter)  # type: ignore[attr-defined]
+    if not recipe.evaluate:
+        return
+    from trainers import evaluate
+
+    config = EvaluateConfig(
+        adapter=str(folder.adapter),
+        backbone=recipe.backbone.name,
+        dtype=recipe.backbone.dtype,
+        output=str(folder.path),
+        evaluation=recipe.evaluation,
+    )
+    evaluate.run(adapter=folder.adapter, config=config)
+
+
+def _stopped(folder: RunFolder, reason: str, code: int) -> int:
+    """One sentence about why a run ended early and how it goes on."""
+    checkpoint = folder.latest_checkpoint()
+    kept = f"{checkpoint} is kept, continue with resume={folder.path}" if checkpoint else "there is no checkpoint yet"
+    print(f"error: {reason}; {kept}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""What the commands do once the recipe is valid: build the task, train it, export it.  Importing this costs torch."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import tempfile
+import warnings
+from pathlib import Path
+from typing import cast
+
+import lightning as L
+from lightning.pytorch.strategies import Strategy
+from rich.console import Console
+
+from checkpoints.load import load_adapter
+from data.stepped import derive_seed
+from trainers.base import FrozenBackboneTask
+from trainers.callbacks import AtomicCheckpointIO, callbacks_for, print_parameter_table, read_checkpoint
+from trainers.config import RecipeBase
+from trainers.run_folder import RunFolder
+
+
+def build_task(recipe: RecipeBase) -> FrozenBackboneTask:
+    """The method's task with its initial weights, which depend on the seed and nothing else."""
+    L.seed_everything(derive_seed(recipe.seed, "initial weights") % 2**32, verbose=False)
+    method = importlib.import_module(f".{recipe.method}", __package__)
+    return cast(FrozenBackboneTask, method.build_task(recipe))
+
+
+def make_trainer(recipe: RecipeBase, task: FrozenBackboneTask, folder: RunFolder, console: Console) -> L.Trainer:
+    """Lightning's trainer without what costs time or writes elsewhere: one endless epoch, our own metrics and bar."""
+    _quieten()
+    settings = recipe.trainer
+    return L.Trainer(
+        max_steps=settings.max_steps,
+        max_epochs=-1,
+        accelerator=settings.accelerator,
+        devices=settings.devices,
+        num_nodes=settings.num_nodes,
+        strategy=cast(Strategy, settings.strategy),
+        precision=settings.precision,
+        accumulate_grad_batches=settings.accumulate_grad_batches,
+        gradient_clip_val=settings.gradient_clip or None,
+        callbacks=callbacks_for(task, folder, console),
+        plugins=[AtomicCheckpointIO()],
+        default_root_dir=folder.path,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+    )
+
+
+def _quieten() -> None:
+    """Lightning's advice and the notices about what we do on purpose."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for message in (".*in eval mode at the start of training", ".*does not have many workers", ".*no .?len.*"):
+        warnings.filterwarnings("ignore", message)
+
+
+def train(task: FrozenBackboneTask, folder: RunFolder, console: Console | None = None) -> L.Trainer:
+    """Train from the folder's newest checkpoint, or from the start when there is none.
+
+    Raises:
+        NonFiniteLoss: a loss or weight was not finite; the last good checkpoint is in the folder.
+        Interrupted: a signal asked to stop; a checkpoint of the last whole step is in the folder.
+    """
+    console = console or Console()
+    trainer = make_trainer(task.recipe, task, folder, console)
+    if trainer.is_global_zero:
+        print_parameter_table(task, console)
+    trainer.fit(task, ckpt_path=folder.latest_checkpoint(), weights_only=True)
+    return trainer
+
+
+def restore(task: FrozenBackboneTask, checkpoint: Path) -> None:
+    """Put a checkpoint's learned weights (and their average) into a task that is not being trained.
+
+    Raises:
+        ValueError: damaged, or of another module.
+    """
+    content = read_checkpoint(checkpoint)
+    task.on_load_checkpoint(content)
+    task.load_state_dict(content["state_dict"], strict=False)
+
+
+def dry_run(recipe: RecipeBase, console: Console) -> None:
+    """Build everything, one update, write the adapter, load it into the backbone again; leave nothing behind."""
+    recipe = recipe.model_copy(update={"trainer": recipe.trainer.model_copy(update={"max_steps": 1})})
+    task = build_task(recipe)
+    with tempfile.TemporaryDirectory() as folder:
+        run = RunFolder(Path(folder))
+        train(task, run, console)
+        task.export_adapter(run.adapter)
+        load_adapter(task.adapter_target(), run.adapter).detach()
