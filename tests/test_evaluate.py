@@ -134,6 +134,15 @@ def test_a_device_that_is_not_there_is_refused(adapter, capsys):
     assert "torch sees no GPU" in capsys.readouterr().err
 
 
+def test_a_backbone_that_cannot_be_loaded_is_refused(adapter, monkeypatch, capsys):
+    def offline(name, revision, dtype):
+        raise OSError(f"{name} is not\n  in the cache")
+
+    monkeypatch.setattr(modules.pipelines, "load_pipeline", offline)
+    assert run_command(f"adapter={adapter}") == 1
+    assert capsys.readouterr().err.splitlines() == ["error: tiny is not in the cache"]
+
+
 def test_adapter_case_forgets_its_handle():
     class Plain(Handle):
         def detach(self):

@@ -29,8 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError([f"evaluation.repeats is {config.evaluation.repeats}, expected an integer >= 5"])
     try:
         run(config)
-    except ValueError as error:  # AdapterError and every other refusal of what was given
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:  # AdapterError, a backbone that is not there, no room to write
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0
 
@@ -60,7 +60,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     method = method_module(manifest.method)
     device = _device(config.device)
     name = config.backbone or manifest.base_model_name_or_path
-    revision = None if config.backbone else manifest.base_model_revision
+    revision = manifest.base_model_revision if name == manifest.base_model_name_or_path else None
     console, settings = Console(), config.evaluation
     with console.status(f"loading {name}") as status:
         notify: Callable[[str], None] = status.update

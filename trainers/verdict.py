@@ -30,7 +30,7 @@ def equal_latency_verdict(rows: Sequence[Row], metric: str = "psnr_db") -> dict[
         return None
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        if row.kind in ("untrained", "plain", "peer"):
+        if row.kind in ("untrained", "plain", "peer") and metric in row.quality:
             groups.setdefault(row.group or row.name, []).append(row)
     rivals, unmatched = [], []
     for group, members in groups.items():
