@@ -71,11 +71,15 @@ def load_adapter(target: Any, adapter: str | Path, *, revision: str | None = Non
     try:
         handle: Handle = attach(target, manifest, tensors)
     except (RuntimeError, TypeError, KeyError) as error:  # load_state_dict and the module's config speak in these
-        reason = " ".join(str(error).split())
+        reason = _one_sentence(error)
         raise AdapterError(
             f"the {manifest.method} adapter in {folder} does not fit this code's module: {reason}"
         ) from error
     return handle
+
+
+def _one_sentence(error: Exception) -> str:
+    return " ".join(str(error).split()).replace(". ", "; ").rstrip(".")
 
 
 def backbone_of(target: Any) -> nn.Module:
@@ -120,7 +124,7 @@ def _local_folder(adapter: str | Path, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(adapter, revision=revision, allow_patterns=_FETCHED))
     except (OSError, ValueError) as error:  # all of the Hub's own errors derive from these
-        reason = " ".join(str(error).split())
+        reason = _one_sentence(error)
         raise AdapterError(f"there is no folder {adapter}, and from the Hub it cannot be fetched: {reason}") from error
 
 

@@ -1,8 +1,7 @@
-"""Adapter folders: what is written comes back bit for bit; what is damaged, foreign or newer is refused in one sentence."""
+"""Adapter folders: what is written comes back bit for bit; what is damaged or foreign is refused in one sentence."""
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import pickle
@@ -26,21 +25,12 @@ from afterburner import load_adapter
 from checkpoints import load as load_module
 from checkpoints.card import card
 from checkpoints.load import read_manifest, read_tensors
-from checkpoints.manifest import AdapterError, Manifest, aside_of, check_valid_for, describe, fingerprint
+from checkpoints.manifest import Manifest, aside_of
 from checkpoints.save import _swap, replace_card, write_adapter
+from tests.adapters import Backbone, manifest_for, refusal
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool]
-
-
-class Backbone(nn.Module):
-    """Three layers and a config, as both libraries have them."""
-
-    def __init__(self, num_layers: int = 3, width: int = 24, seed: int = 0) -> None:
-        super().__init__()
-        torch.manual_seed(seed)
-        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(num_layers))
-        self.config = {"num_layers": num_layers, "hidden_size": width, "eps": 1e-6, "_name_or_path": "x"}
 
 
 @pytest.fixture
@@ -50,15 +40,7 @@ def backbone() -> Backbone:
 
 @pytest.fixture
 def manifest(backbone: Backbone) -> Manifest:
-    return Manifest(
-        method="fake",
-        module={"span": 2},
-        base_model_name_or_path="embedded:tiny",
-        base_model_fingerprint=fingerprint(backbone),
-        base_model_config=describe(backbone),
-        valid_for={"dtype": ["float32"], "timesteps": [900, 400], "guidance": 4.5, "scheduler": {"class": "DDIM"}},
-        made_by={"recipe": "fake_tiny", "steps": 3},
-    )
+    return manifest_for(backbone)
 
 
 @pytest.fixture
@@ -81,15 +63,6 @@ def method(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     monkeypatch.setitem(sys.modules, "modules.fake", module)
     monkeypatch.setattr(load_module, "known_methods", lambda: ["fake", "other"])
     return module
-
-
-def refusal(call, *args, **kwargs) -> str:
-    """The message of the AdapterError that the call must raise: one line, one sentence."""
-    with pytest.raises(AdapterError) as caught:
-        call(*args, **kwargs)
-    message = str(caught.value)
-    assert "\n" not in message and not message.endswith(".") and ". " not in message.replace("...", "")
-    return message
 
 
 def edit_config(folder: Path, **changes) -> None:
@@ -310,6 +283,11 @@ def test_methods_are_the_stems_that_modules_and_trainers_share(monkeypatch, tmp_
     assert load_module.known_methods() == ["a", "b"]
 
 
+def test_load_adapter_refuses_another_backbone_before_it_attaches(folder, method):
+    method.attach = None
+    assert "num_layers 3 (here 4)" in refusal(load_adapter, Backbone(num_layers=4), folder)
+
+
 def test_load_adapter_attaches_to_pipeline_or_model(folder, backbone, method, manifest, tensors):
     for target in (backbone, types.SimpleNamespace(transformer=backbone, scheduler=None)):
         given, found, learned = load_adapter(target, str(folder))
@@ -343,76 +321,15 @@ def test_a_hub_id_fetches_data_files_only(folder, backbone, method, monkeypatch)
     assert "cannot be fetched: 404 not found" in refusal(load_adapter, backbone, "you/absent")
 
 
-def test_the_fingerprint_does_not_depend_on_the_dtype_it_was_loaded_in(backbone):
-    backbone.layers[0].weight.data[0] *= 1e-9  # underflows in float16
-    for dtype in (torch.float16, torch.bfloat16, torch.float64):
-        assert fingerprint(copy.deepcopy(backbone).to(dtype)) == fingerprint(backbone)
-
-
-def test_the_fingerprint_of_a_loaded_pipeline_part_does_not_depend_on_its_dtype(tmp_path):
-    from diffusers import PixArtTransformer2DModel
-
-    torch.manual_seed(0)
-    shape = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8, "cross_attention_dim": 16}
-    model = PixArtTransformer2DModel(**shape, caption_channels=16, sample_size=8, out_channels=8, norm_num_groups=4)
-    model.save_pretrained(tmp_path)
-    start = time.perf_counter()
-    wanted = fingerprint(model)
-    assert time.perf_counter() - start < 0.1
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        loaded = PixArtTransformer2DModel.from_pretrained(tmp_path, torch_dtype=dtype)
-        assert (fingerprint(loaded), describe(loaded)) == (wanted, describe(model))
-
-
-def test_the_fingerprint_tells_trainings_and_fine_tunings_apart(backbone):
-    tuned = copy.deepcopy(backbone)
-    with torch.no_grad():
-        tuned.layers[1].weight += 0.01 * torch.randn_like(tuned.layers[1].weight)
-    others = [tuned, Backbone(seed=1), Backbone(num_layers=4), Backbone(width=25)]
-    assert len({fingerprint(model) for model in [backbone, *others]}) == 5
-
-
-@pytest.mark.parametrize(
-    ("other", "words"),
-    [
-        (Backbone(num_layers=4, width=32), "num_layers 3 (here 4), hidden_size 24 (here 32): load"),
-        (Backbone(width=32), "hidden_size 24 (here 32): load"),
-        (Backbone(seed=1), "of the same architecture"),
-        (Backbone().half(), "dtype 'float32' but dtype is 'float16' here"),
-    ],
-)
-def test_a_wrong_backbone_is_refused_by_the_field_that_differs(folder, method, other, words):
-    assert words in refusal(load_adapter, other, folder)
-
-
-def test_configuration_fields_that_only_one_side_knows_refuse_nothing(manifest, backbone):
-    backbone.config = {**backbone.config, "new_in_a_later_library": 1, "eps": 1.0000000001e-6}
-    check_valid_for(manifest, backbone)
-
-
-@pytest.mark.parametrize(
-    ("running", "words"),
-    [
-        ({"timesteps": [900, 300]}, "timesteps [900, 400] but timesteps is [900, 300] here"),
-        ({"timesteps": [900]}, "timesteps [900, 400]"),
-        ({"guidance": 4.0}, "guidance 4.5 but guidance is 4.0 here"),
-        ({"scheduler": {"class": "DPM"}}, "scheduler.class 'DDIM' but scheduler.class is 'DPM' here"),
-        ({"dtype": "float16"}, "dtype 'float32'"),
-    ],
-)
-def test_a_setting_outside_valid_for_is_refused_by_name(manifest, backbone, running, words):
-    check_valid_for(manifest, backbone, timesteps=(900, 400), guidance=4.5, scheduler={"class": "DDIM", "x": 1}, free=1)
-    assert words in refusal(check_valid_for, manifest, backbone, **running)
-
-
 def test_the_card_says_unmeasured_until_there_is_a_report(manifest):
     assert "Unmeasured" in card(manifest) and "base_model:" not in card(manifest)
     row = {"name": "fake", "kind": "adapter", "speedup": 1.7, "speedup_range": [1.6, 1.8], "latency_s": 0.25}
+    row |= {"work": {"blocks": 80}, "quality": {"ssim": 0.9}}
     report = {
         "device": "cpu",
         "commit": "abc",
         "seed": 0,
-        "rows": [{**row, "work": {"blocks": 80}, "quality": {"ssim": 0.9}}],
+        "rows": [row],
     }
     text = card(replace(manifest, base_model_name_or_path="you/model"), report, "It loses.")
     assert "| fake | adapter | 1.70x | 1.60 to 1.80 | 250.0 | 80 | 0.9 |" in text and "It loses." in text
