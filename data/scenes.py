@@ -35,8 +35,9 @@ PLACES = {
 }
 RELATIONS = {"left of": (-1, 0), "above": (0, -1)}
 PAIR_RADIUS, PAIR_OFFSET = 5.5, 7.5
-# Area of a shape over the area of its bounding box; the checker's borders lie between these.
-FILL = {"circle": np.pi / 4, "square": 1.0, "triangle": 0.5}
+UNIT_AREA = {"circle": np.pi, "square": 4.0, "triangle": 2.0}  # of a shape with radius 1
+MIN_PIXELS = 6  # fewer solid pixels of one colour are a speck, not a shape
+MAX_MISFIT = 0.2  # squared error over area: blurred shapes stay below 0.1, other figures above 0.25
 
 
 @dataclass(frozen=True)
@@ -133,17 +134,23 @@ def _nearest(pixels: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> st
     return min(palette, key=lambda name: float(np.abs(colour - np.array(palette[name]) / 255.0).sum()))
 
 
-def _read_item(image: np.ndarray, mask: np.ndarray) -> Item | None:
-    ys, xs = np.nonzero(mask)
-    width, height = int(np.ptp(xs)) + 1, int(np.ptp(ys)) + 1
-    if min(width, height) < 4:
-        return None
-    # The inner pixels carry the colour; the rim is blended with the background.
-    inner = ndimage.binary_erosion(mask)
-    colour = _nearest(image[inner if inner.any() else mask], COLOURS)
-    fill = mask.sum() / (width * height)
-    shape = min(FILL, key=lambda name: abs(FILL[name] - fill))
-    return Item(shape, colour, (xs.min() + xs.max() + 1) / 2, (ys.min() + ys.max() + 1) / 2, (width + height) / 4)
+def _fit_item(cover: np.ndarray, colour: str) -> Item | None:
+    """The shape whose picture is nearest to a map of coverage, [H, W] in 0..1; None when none is near.
+
+    Each candidate gets the centre and the size that its area and centre of mass imply, so that nothing is searched.
+    """
+    ys, xs = np.mgrid[0:RESOLUTION, 0:RESOLUTION] + 0.5
+    area = cover.sum()
+    x, y = (cover * xs).sum() / area, (cover * ys).sum() / area
+    candidates = []
+    for shape, unit_area in UNIT_AREA.items():
+        radius = float(np.sqrt(area / unit_area))
+        lift = radius / 3 if shape == "triangle" else 0.0  # a triangle's centre of mass lies below its box's centre
+        item = Item(shape, colour, float(x), float(y) - lift, radius)
+        misfit = ((_coverage(item, xs, ys) - cover) ** 2).sum() / area
+        candidates.append((misfit, item))
+    misfit, item = min(candidates, key=lambda pair: pair[0])
+    return item if misfit < MAX_MISFIT else None
 
 
 def read_scene(image: np.ndarray) -> str:
@@ -156,16 +163,9 @@ def read_scene(image: np.ndarray) -> str:
     """
     border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
     background = _nearest(border, BACKGROUNDS)
-    differs = np.abs(image - np.median(border, axis=0)).max(-1)
-    # Pixels at least half covered: half of the largest contrast found inside each region.
-    labels, count = ndimage.label(differs > 0.12)
-    items = []
-    for index in range(1, count + 1):
-        region = labels == index
-        if region.sum() < 12:
-            continue
-        items.extend(_split_by_colour(image, region, np.median(border, axis=0)))
-    items = [item for item in items if item is not None]
+    items = _find_items(image, np.median(border, axis=0))
+    if any(item is None for item in items):
+        return "unreadable"
     if len(items) == 1:
         (one,) = items
         place = min(PLACES, key=lambda name: float(np.hypot(one.x - PLACES[name][0], one.y - PLACES[name][1])))
@@ -180,28 +180,29 @@ def read_scene(image: np.ndarray) -> str:
     return "unreadable"
 
 
-def _split_by_colour(image: np.ndarray, region: np.ndarray, background: np.ndarray) -> list[Item | None]:
-    """One item per colour in a connected region (two shapes that touch are two colours)."""
-    names = list(COLOURS)
-    palette = np.array([COLOURS[name] for name in names]) / 255.0
-    found: list[Item | None] = []
-    offset = image - background
+def _find_items(image: np.ndarray, background: np.ndarray) -> list[Item | None]:
+    """One item per colour present; None stands for a region that is no known shape."""
     # Each pixel is background plus coverage times (colour - background): solve for coverage against every colour.
-    directions = palette - background
-    norms = (directions**2).sum(-1)
-    cover = np.clip(offset @ directions.T / norms, 0.0, 1.0)
+    offset = image - background
+    directions = np.array(list(COLOURS.values())) / 255.0 - background
+    cover = np.clip(offset @ directions.T / (directions**2).sum(-1), 0.0, 1.0)
     misfit = ((offset[..., None, :] - cover[..., None] * directions) ** 2).sum(-1)
+    # Thin blends look like any colour: only nearly covered pixels vote, and the rest goes to the nearest voter.
+    sure = (cover.max(-1) > 0.8) & (misfit.min(-1) < 0.05)
     owner = misfit.argmin(-1)
-    for index in range(len(names)):
-        solid = region & (owner == index) & (cover[..., index] > 0.8)
-        if solid.sum() < 8:
-            continue
-        mask = region & (owner == index) & (cover[..., index] >= 0.5)
-        labels, count = ndimage.label(mask)
-        if count == 0:
-            continue
-        sizes = ndimage.sum(mask, labels, range(1, count + 1))
-        found.append(_read_item(image, labels == int(np.argmax(sizes)) + 1))
+    found: list[Item | None] = []
+    masks = {}
+    for index, colour in enumerate(COLOURS):
+        labels, count = ndimage.label(sure & (owner == index))
+        sizes = ndimage.sum_labels(np.ones_like(labels), labels, range(1, count + 1))
+        if count and sizes.max() >= MIN_PIXELS:
+            masks[colour] = labels == int(np.argmax(sizes)) + 1
+    distances = {colour: ndimage.distance_transform_edt(~mask) for colour, mask in masks.items()}
+    for index, colour in enumerate(COLOURS):
+        if colour in masks:
+            others = [distances[other] for other in masks if other != colour]
+            near = (distances[colour] <= 3.0) & np.all([distances[colour] < other for other in others], axis=0)
+            found.append(_fit_item(np.where(near, cover[..., index], 0.0), colour))
     return found
 
 

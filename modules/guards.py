@@ -1,0 +1,60 @@
+"""Checks that a pipeline runs as an adapter was trained, at the cost of one look per trajectory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modules.diffusion_host import StepClock
+
+
+class GuidanceGuard:
+    """Refuses a guidance scale that differs from the trained one.
+
+    A pipeline tells its modules nothing about guidance, but both halves of the first forward and the combination that
+    reaches the scheduler give it away: combined = nothing + w (asked - nothing).
+    """
+
+    tolerance = 0.02  # relative; half precision rounds the combination
+
+    def __init__(self, pipe: Any, clock: StepClock, guidance: float) -> None:
+        self.clock, self.guidance, self.scheduler = clock, guidance, pipe.scheduler
+        self._halves: tuple[Tensor, ...] = ()
+        self._asked_last = type(pipe).__name__ != "DiTPipeline"
+        self._remover = clock.transformer.register_forward_hook(self._see_output)
+        self._step = self.scheduler.step
+        self.scheduler.step = self._checked_step
+
+    def _see_output(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.clock.step == 0:
+            sample = output[0] if isinstance(output, tuple) else output.sample
+            self._halves = (sample,)
+
+    def _checked_step(self, model_output: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self._halves:
+            (sample,), self._halves = self._halves, ()
+            self._check(sample, model_output)
+        return self._step(model_output, *args, **kwargs)
+
+    def _check(self, sample: Tensor, combined: Tensor) -> None:
+        channels, rows = combined.shape[1], len(sample)
+        found = 1.0
+        # DiT's pipeline keeps both halves through the scheduler; the others keep one.
+        doubled = not self._asked_last and self.guidance > 1 and rows % 2 == 0 and rows == len(combined)
+        if doubled or rows == 2 * len(combined):
+            first, second = sample[:, :channels].float().chunk(2)
+            asked, nothing = (second, first) if self._asked_last else (first, second)
+            direction, reached = asked - nothing, combined[: len(asked)].float() - nothing
+            found = float(torch.sum(reached * direction) / torch.sum(direction * direction).clamp_min(1e-12))
+        if abs(found - self.guidance) > self.tolerance * self.guidance:
+            raise ValueError(
+                f"this adapter was trained for guidance_scale {self.guidance:g} and the pipeline runs {found:.3g}: "
+                "call it with **handle.call_kwargs, or train an adapter for that guidance"
+            )
+
+    def detach(self) -> None:
+        """Gives the scheduler its own `step` back."""
+        self._remover.remove()
+        self.scheduler.__dict__.pop("step", None)

@@ -1,0 +1,276 @@
+"""One way to talk to diffusion pipelines: encode conditions, call the denoiser as the pipeline does, draw images.
+
+Training needs the bare denoiser call under classifier-free guidance; evaluation needs the pipeline itself.  A driver
+offers both for one pipeline class, and nothing else about the class is known elsewhere.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+EMBEDDED = "embedded:"
+EMBEDDED_FOLDER = Path(__file__).resolve().parents[1] / "data" / "embedded"
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What B images are conditioned on: tensors by name, first dimension B, and what stands for "nothing asked"."""
+
+    asked: dict[str, Tensor]
+    nothing: dict[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.asked.values())))
+
+    def select(self, index: Tensor) -> Conditions:
+        """The conditions of some of the images; `index` is an integer tensor [B']."""
+        return Conditions({k: v[index] for k, v in self.asked.items()}, {k: v[index] for k, v in self.nothing.items()})
+
+    def drop(self, dropped: Tensor) -> Conditions:
+        """Nothing asked where the boolean tensor `dropped` [B] is true."""
+        asked = {
+            k: torch.where(dropped.view(-1, *[1] * (v.dim() - 1)), self.nothing[k], v) for k, v in self.asked.items()
+        }
+        return Conditions(asked, self.nothing)
+
+
+class DiffusionDriver(ABC):
+    """A text- or class-conditional latent diffusion pipeline with a transformer denoiser.
+
+    Shapes: B images, C latent channels, H x W latent size.
+    """
+
+    def __init__(self, pipe: DiffusionPipeline, call: dict[str, Any] | None = None) -> None:
+        """`call` holds keyword arguments that every `pipe(...)` of this backbone needs."""
+        self.pipe, self.call = pipe, dict(call or {})
+        self.transformer: nn.Module = pipe.transformer
+        config = self.transformer.config
+        self.latent_shape = (config.in_channels, config.sample_size, config.sample_size)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser lives."""
+        return next(self.transformer.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The denoiser's parameter dtype."""
+        return next(self.transformer.parameters()).dtype
+
+    def initial_noise(self, seeds: Sequence[int]) -> Tensor:
+        """The noise [B, C, H, W] that the pipeline itself draws for one generator per image."""
+        rows = [torch.randn((1, *self.latent_shape), generator=_generator(s), dtype=self.dtype) for s in seeds]
+        return torch.cat(rows).to(self.device)
+
+    @abstractmethod
+    def encode(self, inputs: Sequence[Any]) -> Conditions:
+        """Conditions of B prompts or class labels."""
+
+    @abstractmethod
+    def denoise(self, latents: Tensor, timestep: Tensor, conditions: dict[str, Tensor]) -> Tensor:
+        """The denoiser's output [B, C, H, W] without guidance (learned variances cut off); `timestep` is [B]."""
+
+    @abstractmethod
+    def join(self, conditions: Conditions) -> dict[str, Tensor]:
+        """Both halves of classifier-free guidance as one batch of 2B, in the pipeline's own order."""
+
+    asked_first: bool
+
+    def guided(self, latents: Tensor, timestep: Tensor, conditions: Conditions, guidance: float) -> Tensor:
+        """The guided output [B, C, H, W] from one forward on 2B rows, exactly as the pipeline computes it.
+
+        Args:
+            latents: [B, C, H, W].
+            timestep: a scalar tensor on the denoiser's device.
+            guidance: 1 or less runs B rows without guidance.
+        """
+        if guidance <= 1:
+            return self.denoise(latents, timestep.expand(len(latents)), conditions.asked)
+        out = self.denoise(torch.cat([latents, latents]), timestep.expand(2 * len(latents)), self.join(conditions))
+        first, second = out.chunk(2)
+        asked, nothing = (first, second) if self.asked_first else (second, first)
+        return nothing + guidance * (asked - nothing)
+
+    @abstractmethod
+    def pipeline_arguments(self, inputs: Sequence[Any]) -> dict[str, Any]:
+        """How the pipeline's call names its inputs."""
+
+    @torch.no_grad()
+    def generate(self, inputs: Sequence[Any], seeds: Sequence[int], **call: Any) -> Tensor:
+        """Images [B, 3 or 1, height, width] in -1..1, drawn by the pipeline's own call.
+
+        Args:
+            inputs: B prompts or labels.
+            seeds: B seeds; the same seed draws the same initial noise.
+            call: further arguments of the pipeline's call, over the driver's own.
+        """
+        arguments = {**self.call, **call, **self.pipeline_arguments(inputs)}
+        images = self.pipe(generator=[_generator(seed) for seed in seeds], output_type="pt", **arguments).images
+        return images * 2 - 1
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images in -1..1 of latents [B, C, H, W]."""
+        return self.pipe.vae.decode(latents / self.pipe.vae.config.scaling_factor).sample.clamp(-1, 1)
+
+    @torch.no_grad()
+    def latents_of(self, images: Tensor) -> Tensor:
+        """Latents [B, C, H, W] of images [B, 3 or 1, height, width] in -1..1."""
+        encoded = self.pipe.vae.encode(images)
+        latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+        return latents * self.pipe.vae.config.scaling_factor
+
+    def _prediction(self, out: Tensor) -> Tensor:
+        return out[:, : self.latent_shape[0]]
+
+
+class PixArtDriver(DiffusionDriver):
+    """`PixArtAlphaPipeline` and `PixArtSigmaPipeline`."""
+
+    asked_first = False
+
+    def encode(self, inputs: Sequence[str]) -> Conditions:
+        """Conditions of B prompts, padded to the longest that the call allows."""
+        length = {k: v for k, v in self.call.items() if k == "max_sequence_length"}
+        with torch.no_grad():
+            text, mask, no_text, no_mask = self.pipe.encode_prompt(
+                list(inputs), do_classifier_free_guidance=True, clean_caption=False, device=self.device, **length
+            )
+        return Conditions({"text": text, "mask": mask}, {"text": no_text, "mask": no_mask})
+
+    def join(self, conditions: Conditions) -> dict[str, Tensor]:
+        """Nothing asked first, as in the pipeline."""
+        return {k: torch.cat([conditions.nothing[k], v]) for k, v in conditions.asked.items()}
+
+    def denoise(self, latents: Tensor, timestep: Tensor, conditions: dict[str, Tensor]) -> Tensor:
+        """See the parent."""
+        return self._prediction(
+            self.transformer(
+                latents,
+                encoder_hidden_states=conditions["text"],
+                encoder_attention_mask=conditions["mask"],
+                timestep=timestep,
+                added_cond_kwargs=self._size_conditions(len(latents)),
+                return_dict=False,
+            )[0]
+        )
+
+    def _size_conditions(self, rows: int) -> dict[str, Tensor | None]:
+        if self.transformer.config.sample_size != 128:
+            return {"resolution": None, "aspect_ratio": None}
+        pixels = self.latent_shape[1] * self.pipe.vae_scale_factor
+        kind = {"dtype": self.dtype, "device": self.device}
+        size = torch.full((rows, 2), float(pixels), **kind)
+        return {"resolution": size, "aspect_ratio": torch.ones(rows, 1, **kind)}
+
+    def pipeline_arguments(self, inputs: Sequence[str]) -> dict[str, Any]:
+        """The prompts; cleaning by web-text rules is off, so that a caption means what it says."""
+        return {"prompt": list(inputs), "clean_caption": False}
+
+
+class DiTDriver(DiffusionDriver):
+    """`DiTPipeline`; inputs are class indices."""
+
+    asked_first = True
+    null_class = 1000  # fixed in diffusers' pipeline, whatever the model
+
+    def encode(self, inputs: Sequence[int]) -> Conditions:
+        """Conditions of B class indices."""
+        labels = torch.tensor(list(inputs), device=self.device)
+        return Conditions({"labels": labels}, {"labels": torch.full_like(labels, self.null_class)})
+
+    def join(self, conditions: Conditions) -> dict[str, Tensor]:
+        """The asked classes first, as in the pipeline."""
+        return {k: torch.cat([v, conditions.nothing[k]]) for k, v in conditions.asked.items()}
+
+    def denoise(self, latents: Tensor, timestep: Tensor, conditions: dict[str, Tensor]) -> Tensor:
+        """See the parent."""
+        labels = conditions["labels"]
+        return self._prediction(self.transformer(latents, timestep, labels, return_dict=False)[0])
+
+    def pipeline_arguments(self, inputs: Sequence[int]) -> dict[str, Any]:
+        """The class labels."""
+        return {"class_labels": [int(label) for label in inputs]}
+
+
+_DRIVERS: dict[str, type[DiffusionDriver]] = {
+    "PixArtAlphaPipeline": PixArtDriver,
+    "PixArtSigmaPipeline": PixArtDriver,
+    "DiTPipeline": DiTDriver,
+}
+
+# What the embedded pipelines need in every call: they are smaller than diffusers' resolution bins, and their captions
+# shorter than its default padding.
+_EMBEDDED_CALL: dict[str, dict[str, Any]] = {
+    "pixart": {"use_resolution_binning": False, "max_sequence_length": 16, "guidance_scale": 2.5},
+    "dit": {"guidance_scale": 1.5},
+}
+
+
+def driver(pipe: DiffusionPipeline, name: str = "") -> DiffusionDriver:
+    """The driver of a pipeline; `name` is the backbone's name, for the call arguments that embedded ones need.
+
+    Raises:
+        ValueError: no driver for this pipeline class.
+    """
+    kind = type(pipe).__name__
+    if kind not in _DRIVERS:
+        raise ValueError(f"the pipeline is a {kind}, and only {', '.join(sorted(_DRIVERS))} can be driven")
+    return _DRIVERS[kind](pipe, _EMBEDDED_CALL.get(name.removeprefix(EMBEDDED), {}))
+
+
+def load_pipeline(name: str, revision: str | None = None, dtype: str = "float32") -> DiffusionPipeline:
+    """A frozen pipeline from a Hub id, a folder, or `embedded:<name>`.
+
+    Raises:
+        ValueError: no such embedded backbone, or the folder holds no pipeline.
+    """
+    source = name
+    if name.startswith(EMBEDDED):
+        folder = EMBEDDED_FOLDER / name.removeprefix(EMBEDDED)
+        if not (folder / "model_index.json").is_file():
+            known = sorted(path.parent.name for path in EMBEDDED_FOLDER.glob("*/model_index.json"))
+            raise ValueError(f"backbone.name is '{name}', but the embedded pipelines are {', '.join(known) or 'none'}")
+        source = str(folder)
+    elif Path(name).is_dir() and not (Path(name) / "model_index.json").is_file():
+        raise ValueError(f"the folder '{name}' holds no pipeline: it has no model_index.json")
+    with _quiet_loading():
+        pipe = DiffusionPipeline.from_pretrained(source, revision=revision, torch_dtype=getattr(torch, dtype))
+    pipe.set_progress_bar_config(disable=True)
+    for component in pipe.components.values():
+        if isinstance(component, nn.Module):
+            component.requires_grad_(False).eval()
+    return pipe
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Silences loading bars, and diffusers' warnings that DiT's autoencoder is of a class it did not expect."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    level = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity(logging.ERROR)
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        diffusers_logging.set_verbosity(level)
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+__all__ = ["Conditions", "DiTDriver", "DiffusionDriver", "PixArtDriver", "driver", "load_pipeline"]
