@@ -65,8 +65,9 @@ def rewritten(source: bytes, path: Path) -> bytes:
     edits: list[tuple[int, int, bytes, bytes]] = []  # line, column in bytes, old, new
     for node in ast.walk(ast.parse(source, filename=str(path))):
         if isinstance(node, ast.ImportFrom) and node.level == 0 and _is_own(node.module):
-            column = lines[node.lineno - 1].find(b"from ", node.col_offset) + len("from ")
-            edits.append((node.lineno, column, b"", f"{NAME}.".encode()))
+            package = str(node.module).partition(".")[0]
+            column = node.col_offset + len("from ")
+            edits.append((node.lineno, column, package.encode(), f"{NAME}.{package}".encode()))
         elif isinstance(node, ast.Import):
             edits += [_alias_edit(alias, path) for alias in node.names if _is_own(alias.name)]
         elif isinstance(node, ast.Call):
