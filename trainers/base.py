@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
+from lightning import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
@@ -21,11 +22,11 @@ from trainers.recipes import to_yaml
 from trainers.run_folder import code_version, versions
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLoss(RuntimeError):  # noqa: N818  (the name says what happened)
     """Training met a loss or a weight that is not a finite number."""
 
 
-class FrozenBackboneTask(L.LightningModule):
+class FrozenBackboneTask(LightningModule):
     """A frozen backbone plus the one part that learns.  A method adds `training_step` and `train_dataloader`.
 
     The backbone is never in train mode, never in a checkpoint, never in the optimizer.  What learns is held in float32
@@ -60,7 +61,7 @@ class FrozenBackboneTask(L.LightningModule):
         self.batch_number, self.steps_done = -1, 0
         self._notes: dict[str, tuple[Tensor, int]] = {}
         self._unchecked: tuple[str, Tensor, torch.cuda.Event] | None = None
-        self.register_state_dict_post_hook(_keep_the_learned_part)
+        self.register_state_dict_post_hook(_keep_the_learned_part)  # type: ignore[no-untyped-call]
         self.train()
 
     @property
@@ -151,7 +152,7 @@ class FrozenBackboneTask(L.LightningModule):
         self.training = mode
         return self
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW on the method's groups; linear warm-up, then a cosine to zero or a constant."""
         settings, budget = self.recipe.optimizer, self.recipe.trainer
         optimizer = torch.optim.AdamW(
@@ -197,7 +198,7 @@ class FrozenBackboneTask(L.LightningModule):
             self._stop_unless(finite, where)
             return
         self.check_pending()
-        arrived = torch.cuda.Event()
+        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
         answer = finite.to("cpu", non_blocking=True)
         arrived.record()
         self._unchecked = (where, answer, arrived)
@@ -217,7 +218,8 @@ class FrozenBackboneTask(L.LightningModule):
             # A young average forgets faster, else the initial weights would stay in it for thousands of updates.
             decay = min(self.recipe.trainer.ema, (1 + self.steps_done) / (10 + self.steps_done))
             ours, theirs = list(self.averaged.parameters()), list(self.learned.parameters())
-            get_ema_multi_avg_fn(decay)([p.data for p in ours], [p.data for p in theirs], 0)
+            update = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+            update([p.data for p in ours], [p.data for p in theirs], 0)
             for mine, buffer in zip(self.averaged.buffers(), self.learned.buffers(), strict=True):
                 mine.copy_(buffer)
 

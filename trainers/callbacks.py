@@ -15,8 +15,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import lightning as L
 import torch
+from lightning import LightningModule, Trainer
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from rich.console import Console
@@ -33,7 +33,7 @@ _REFRESH_SECONDS = 0.25
 _WRITE_SECONDS = 5.0
 
 
-class Interrupted(Exception):
+class Interrupted(Exception):  # noqa: N818  (the name says what happened)
     """A signal ended the run between two steps, after a checkpoint."""
 
     def __init__(self, signum: int, step: int) -> None:
@@ -90,7 +90,7 @@ class Checkpoints(Checkpoint):
         self._before: dict[int, Any] = {}
         self._seen_step = 0
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What the run resumes from is saved already; Lightning has set its own handlers, ours stand in for them."""
         self._seen_step = trainer.global_step
         try:
@@ -104,7 +104,7 @@ class Checkpoints(Checkpoint):
         self.received = signum
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save when it is time, between two updates only."""
         step = trainer.global_step
@@ -118,22 +118,22 @@ class Checkpoints(Checkpoint):
         if stop:
             raise Interrupted(self.received or signal.SIGTERM, step)
 
-    def _agreed_to_stop(self, trainer: L.Trainer, step: int) -> bool:
+    def _agreed_to_stop(self, trainer: Trainer, step: int) -> bool:
         """All ranks must leave at the same step; alone there is nobody to ask."""
         if trainer.world_size == 1:
             return self.received is not None
         return step % 10 == 0 and trainer.strategy.reduce_boolean_decision(self.received is not None, all=False)
 
-    def _remove_old(self, trainer: L.Trainer) -> None:
+    def _remove_old(self, trainer: Trainer) -> None:
         if trainer.is_global_zero:
             for old in sorted(self.folder.glob("step_*.ckpt"))[:-_KEPT]:
                 old.unlink(missing_ok=True)
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Signals mean what they meant before."""
         self._give_back()
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Lightning does not call teardown then."""
         self._give_back()
 
@@ -195,7 +195,7 @@ class Metrics(Callback):
         """Time that was not training, such as drawing samples."""
         self._paused += seconds
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the bar at the step that is resumed."""
         self._restart(trainer.global_step)
         self._seen_step = trainer.global_step
@@ -209,7 +209,7 @@ class Metrics(Callback):
             self._bar.start()
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """One addition per batch; everything else every `every` updates."""
         self._loss = self._loss + outputs["loss"].detach()
@@ -225,7 +225,7 @@ class Metrics(Callback):
         if step % self.every == 0 or step == trainer.max_steps:
             self._report(trainer, pl_module, step)
 
-    def _report(self, trainer: L.Trainer, task: Any, step: int) -> None:
+    def _report(self, trainer: Trainer, task: Any, step: int) -> None:
         # Reading the loss waits for the device, so the clock is read after it.
         loss = float(self._loss) / self._batches
         updates = step - self._since_step
@@ -241,7 +241,7 @@ class Metrics(Callback):
             self.file.add({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
             self._show(trainer, row)
 
-    def _show(self, trainer: L.Trainer, row: Mapping[str, Any]) -> None:
+    def _show(self, trainer: Trainer, row: Mapping[str, Any]) -> None:
         rate = f"  {row['images_per_s']:.1f} img/s" if "images_per_s" in row else ""
         text = f"loss {row['loss']:.4g}{rate}  {row['step_s'] * 1000:.0f} ms/step  {row['memory_mib']:.0f} MiB"
         if self._bar is not None:
@@ -251,15 +251,15 @@ class Metrics(Callback):
         clock = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
         print(f"step {row['step']}/{trainer.max_steps}  {text}  {clock} left", flush=True)
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write what is left."""
         self._close()
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Lightning does not call teardown then."""
         self._close()
 
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """A run that resumes from this checkpoint needs the rows up to it."""
         self.file.flush()
 
@@ -278,7 +278,7 @@ class SampleGrids(Callback):
         self._drawn = -1
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Draw on the first rank; the next batch seeds its own random numbers, so training does not notice."""
         step = trainer.global_step

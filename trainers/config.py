@@ -90,7 +90,7 @@ class Evaluation(Section):
 
     inputs: PositiveInt = Field(default=64, description="held-out inputs that quality is measured on")
     batch_size: PositiveInt = Field(default=16, description="images per call of the pipeline")
-    repeats: PositiveInt = Field(default=5, description="paired timing rounds, each with every row once")
+    repeats: int = Field(default=5, ge=5, description="paired timing rounds, each with every row once")
     seed: int = Field(default=1234, description="seed of the held-out inputs and of their noise")
 
 

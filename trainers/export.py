@@ -27,7 +27,7 @@ def _export(argv: Sequence[str]) -> int:
     if config is None:
         return 0
     folder = RunFolder(Path(config.run))
-    recipe = recipes.compose_resumed(config.run, None, {})
+    recipe = recipes.stored_recipe(config.run, "run")
     checkpoint = Path(config.checkpoint) if config.checkpoint else folder.latest_checkpoint()
     if checkpoint is None or not checkpoint.is_file():
         raise ConfigError([f"{checkpoint or folder.checkpoints} holds no checkpoint: train with resume={config.run}"])

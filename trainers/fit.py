@@ -6,11 +6,15 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from trainers import recipes
 from trainers.config import EvaluateConfig, RecipeBase
 from trainers.run_folder import ENVIRONMENT_KEY, RunFolder
 from trainers.settings import ConfigError, help_text
+
+if TYPE_CHECKING:
+    from trainers.base import FrozenBackboneTask
 
 USAGE = """usage: python -m trainers.fit recipe=NAME [key=value ...]   train, export, evaluate
        python -m trainers.fit resume=outputs/RECIPE/RUN [trainer.max_steps=N]   continue a run
@@ -43,9 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         return _fit(recipe, argv, dry_run="--dry-run" in line.options)
     except ConfigError as error:
-        for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
-        return 2
+        return recipes.refused(error)
+    except BrokenPipeError:  # whoever read --help or --list has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("stopped before training began; nothing was kept", file=sys.stderr)
         return 130
@@ -124,21 +129,21 @@ def _fit(recipe: RecipeBase, argv: Sequence[str], dry_run: bool) -> int:
             folder.discard_if_empty()
 
 
-def _finish(task: object, recipe: RecipeBase, folder: RunFolder) -> None:
+def _finish(task: FrozenBackboneTask, recipe: RecipeBase, folder: RunFolder) -> None:
     """Export the adapter and, unless the recipe says otherwise, measure it."""
-    task.export_adapter(folder.adapter)  # type: ignore[attr-defined]
+    task.export_adapter(folder.adapter)
     if not recipe.evaluate:
         return
     from trainers import evaluate
 
-    config = EvaluateConfig(
+    settings = EvaluateConfig(
         adapter=str(folder.adapter),
         backbone=recipe.backbone.name,
         dtype=recipe.backbone.dtype,
         output=str(folder.path),
         evaluation=recipe.evaluation,
     )
-    evaluate.run(adapter=folder.adapter, config=config)
+    evaluate.run(settings)
 
 
 def _stopped(folder: RunFolder, reason: str, code: int) -> int:

@@ -7,6 +7,7 @@ owns the keys, types, defaults and messages.  Nothing here imports torch, makes 
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,7 +117,7 @@ def merge(path: Path | None, overrides: Mapping[str, str]) -> dict[str, Any]:
     from hydra.errors import HydraException, MissingConfigException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError  # type: ignore[import-untyped]
+    from yaml import YAMLError
 
     # Every key is added by force: whether it exists is for the schema to say, for all keys at once.
     words, problems, parser = [], [], OverridesParser.create()
@@ -140,11 +141,11 @@ def merge(path: Path | None, overrides: Mapping[str, str]) -> dict[str, Any]:
             problems[-1] += f" The recipes that can be extended are {', '.join(available())}."
         values = {}
     if problems:
-        raise _Unreadable(problems, values)
+        raise _UnreadableError(problems, values)
     return values
 
 
-class _Unreadable(ConfigError):
+class _UnreadableError(ConfigError):
     """Some overrides could not be read; `values` holds the others, so that their problems are told as well."""
 
     def __init__(self, problems: Sequence[str], values: dict[str, Any]) -> None:
@@ -166,7 +167,7 @@ def _checked(path: Path, overrides: Mapping[str, str], recipe: str = "") -> Reci
     problems: list[str] = []
     try:
         values = merge(path, overrides)
-    except _Unreadable as error:
+    except _UnreadableError as error:
         problems, values = error.problems, error.values
         if not values:
             raise ConfigError(problems) from None
@@ -179,17 +180,26 @@ def _checked(path: Path, overrides: Mapping[str, str], recipe: str = "") -> Reci
     return checked
 
 
+def stored_recipe(folder: str, key: str) -> RecipeBase:
+    """The recipe that a run's folder holds; `key` is how the command calls the folder.
+
+    Raises:
+        ConfigError: there is none, or this code does not know it any more.
+    """
+    path = Path(folder) / "config.yaml"
+    if not path.is_file():
+        raise ConfigError([f"{key}={folder} holds no config.yaml: give a run's folder, as outputs/<recipe>/<run>"])
+    return _checked(path, {})
+
+
 def compose_resumed(folder: str, recipe: str | None, overrides: Mapping[str, str]) -> RecipeBase:
     """The recipe stored in a run's folder, with the few changes that a resumed run allows.
 
     Raises:
         ConfigError: no stored recipe there, or an override that contradicts it.
     """
-    stored = Path(folder) / "config.yaml"
-    if not stored.is_file():
-        raise ConfigError([f"resume={folder} holds no config.yaml: give a run's folder, as outputs/<recipe>/<run>"])
-    before = _checked(stored, {})
-    after = _checked(stored, dict(overrides))
+    before = stored_recipe(folder, "resume")
+    after = _checked(Path(folder) / "config.yaml", overrides)
     problems = []
     if recipe and Path(recipe).stem != before.recipe:
         problems.append(f"resume={folder} is a run of recipe {before.recipe}, not of {recipe}: leave recipe= out")
@@ -232,7 +242,7 @@ def plain_command(schema: type[Schema], argv: Sequence[str], usage: str) -> Sche
     problems, values = line.problems, {}
     try:
         values = merge(None, line.overrides)
-    except _Unreadable as error:
+    except _UnreadableError as error:
         problems, values = problems + error.problems, error.values
     try:
         config = validate(schema, values)
@@ -246,13 +256,16 @@ def plain_command(schema: type[Schema], argv: Sequence[str], usage: str) -> Sche
     return config
 
 
-def exit_on_error(main: Callable[[], int]) -> int:
-    """Run a command; a refused configuration becomes one line per problem on stderr and exit code 2."""
-    import sys
+def refused(error: ConfigError) -> int:
+    """Print one line per problem on stderr; returns the exit code of a refused configuration."""
+    for problem in error.problems:
+        print(f"error: {problem}", file=sys.stderr)
+    return 2
 
+
+def exit_on_error(main: Callable[[], int]) -> int:
+    """Run a command; what it refuses is told as `refused` does."""
     try:
         return main()
     except ConfigError as error:
-        for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
-        return 2
+        return refused(error)

@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path
 from typing import cast
 
-import lightning as L
+from lightning import Trainer, seed_everything
 from lightning.pytorch.strategies import Strategy
 from rich.console import Console
 
@@ -23,16 +23,16 @@ from trainers.run_folder import RunFolder
 
 def build_task(recipe: RecipeBase) -> FrozenBackboneTask:
     """The method's task with its initial weights, which depend on the seed and nothing else."""
-    L.seed_everything(derive_seed(recipe.seed, "initial weights") % 2**32, verbose=False)
+    seed_everything(derive_seed(recipe.seed, "initial weights") % 2**32, verbose=False)
     method = importlib.import_module(f".{recipe.method}", __package__)
     return cast(FrozenBackboneTask, method.build_task(recipe))
 
 
-def make_trainer(recipe: RecipeBase, task: FrozenBackboneTask, folder: RunFolder, console: Console) -> L.Trainer:
+def make_trainer(recipe: RecipeBase, task: FrozenBackboneTask, folder: RunFolder, console: Console) -> Trainer:
     """Lightning's trainer without what costs time or writes elsewhere: one endless epoch, our own metrics and bar."""
     _quieten()
     settings = recipe.trainer
-    return L.Trainer(
+    return Trainer(
         max_steps=settings.max_steps,
         max_epochs=-1,
         accelerator=settings.accelerator,
@@ -62,7 +62,7 @@ def _quieten() -> None:
         warnings.filterwarnings("ignore", message)
 
 
-def train(task: FrozenBackboneTask, folder: RunFolder, console: Console | None = None) -> L.Trainer:
+def train(task: FrozenBackboneTask, folder: RunFolder, console: Console | None = None) -> Trainer:
     """Train from the folder's newest checkpoint, or from the start when there is none.
 
     Raises:
