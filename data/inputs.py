@@ -33,7 +33,7 @@ def held_out_inputs(backbone: str, prompts: str | None, seed: int, count: int) -
 
 
 def accuracy_of(backbone: str) -> Accuracy | None:
-    """How images [B, C, H, W] in -1..1 are checked against their inputs, where that can be done without a model's opinion."""
+    """How images [B, C, H, W] in -1..1 are checked against their inputs, where code can tell."""
     if backbone == "embedded:pixart":
         from data.scenes import caption_accuracy
 

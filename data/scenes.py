@@ -61,12 +61,17 @@ class Scene:
 
 
 def draw_attributes(rng: random.Random) -> Scene:
-    """A random scene: attributes uniform, geometry jittered by up to 1.2 px and 8% so that a caption has many pictures."""
+    """A random scene: attributes uniform, geometry jittered by up to 1.2 px and 8%: a caption has many pictures."""
 
     def item(shape: str, colour: str, x: float, y: float, radius: float) -> Item:
         jitter = 1.2
-        return Item(shape, colour, x + rng.uniform(-jitter, jitter), y + rng.uniform(-jitter, jitter),
-                    radius * rng.uniform(0.92, 1.08))
+        return Item(
+            shape,
+            colour,
+            x + rng.uniform(-jitter, jitter),
+            y + rng.uniform(-jitter, jitter),
+            radius * rng.uniform(0.92, 1.08),
+        )
 
     background = rng.choice(list(BACKGROUNDS))
     if rng.random() < 0.35:
@@ -175,8 +180,9 @@ def read_scene(image: np.ndarray) -> str:
         horizontal = abs(items[0].x - items[1].x) > abs(items[0].y - items[1].y)
         first, second = sorted(items, key=lambda item: item.x if horizontal else item.y)
         relation = "left of" if horizontal else "above"
-        return (f"a {first.colour} {first.shape} {relation} a {second.colour} {second.shape} "
-                f"on a {background} background")
+        return (
+            f"a {first.colour} {first.shape} {relation} a {second.colour} {second.shape} on a {background} background"
+        )
     return "unreadable"
 
 

@@ -42,6 +42,11 @@ class Trajectories:
         rows = [self.kept.index(position) for position in positions]
         return Trajectories(self.timesteps, list(positions), self.conditions, self.states[rows])
 
+    def joined(self, other: Trajectories) -> Trajectories:
+        """These runs followed by others on the same grid with the same positions held."""
+        conditions = _concatenate([self.conditions, other.conditions])
+        return Trajectories(self.timesteps, self.kept, conditions, torch.cat([self.states, other.states], dim=1))
+
 
 @torch.no_grad()
 def record_trajectories(

@@ -6,7 +6,8 @@ Source: Gwilliam et al. 2025, "Accelerate High-Quality Diffusion Models with Inn
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,8 +19,8 @@ from modules.contracts import Handle
 from modules.diffusion_host import StepClock
 from modules.diffusion_host.hooks import add_hook, remove_hook, unique_name
 from modules.guards import GuidanceGuard
-from modules.sites import BlockStack, block_stack, find_transformer
-from modules.solvers import LearnedMultistepScheduler
+from modules.sites import block_stack, find_transformer
+from modules.solvers import LearnedMultistepScheduler, SolverTable
 from modules.timestep_swap import TimestepSwap
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ class ILFConfig:
         scale_shape: strengths: "scalar" [n], "per_step" [k, n], "channel" [k, n, D].
         feedback_output: "full" feeds the block's output back, "delta" its difference to the input.
         solver: a `SolverTable` as a dict, or None for the pipeline's own scheduler.
+        sampler: what the pipeline's own scheduler has to agree with, see `sampler_entry`.
+        call: further keyword arguments that this backbone's pipeline call needs.
     """
 
     span_start: int
@@ -50,6 +53,7 @@ class ILFConfig:
     scale_shape: str = "scalar"
     feedback_output: str = "full"
     solver: dict[str, Any] | None = None
+    sampler: dict[str, Any] = field(default_factory=dict)
     call: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -58,6 +62,11 @@ class ILFConfig:
         for name, allowed in _CHOICES.items():
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"{name} is {value!r}, which is not one of {', '.join(allowed)}")
+
+    @property
+    def span_end(self) -> int:
+        """The last looped block."""
+        return self.span_start + self.span_len - 1
 
     @property
     def looped(self) -> int:
@@ -88,7 +97,7 @@ class ILFModule(nn.Module):
         """Raises ValueError where the span leaves the backbone, or a setting could never learn."""
         super().__init__()
         stack = block_stack(transformer)
-        first, last = config.span_start, config.span_start + config.span_len - 1
+        first, last = config.span_start, config.span_end
         if not 0 <= first <= last < len(stack):
             raise ValueError(f"the span is blocks {first} to {last}, but the backbone has blocks 0 to {len(stack) - 1}")
         if stack.streams(last).encoder_output is not None:
@@ -101,7 +110,9 @@ class ILFModule(nn.Module):
             self.feedback.apply(_reset)
             if config.feedback_output == "delta" and _is_silent(self.feedback):
                 # scale 0 keeps the block from learning, and a silent block keeps the scale from learning
-                raise ValueError("feedback_output delta with zero-initialised gates cannot learn: use full, or init copy")
+                raise ValueError(
+                    "feedback_output delta with zero-initialised gates cannot learn: use full, or init copy"
+                )
         width = stack.blocks[last].attn1.to_q.in_features
         shapes = {"scalar": (config.span_len,), "per_step": (config.looped, config.span_len)}
         shapes["channel"] = (config.looped, config.span_len, width)
@@ -150,6 +161,7 @@ class ILFHandle(Handle):
         add_hook(span[0], _Enter(self), f"{self._name}.enter", root=self._transformer)
         add_hook(span[-1], _Leave(self), f"{self._name}.leave", root=self._transformer)
         self.clock.on_begin(self._check_schedule)
+        self._bypassed = False
         self._pipe = None if isinstance(target, nn.Module) else target
         self._replaced: Any = None
         self._guard: GuidanceGuard | None = None
@@ -160,6 +172,7 @@ class ILFHandle(Handle):
         self.call_kwargs["num_inference_steps"] = len(self.config.timesteps)
         if self._pipe is None:
             return
+        _check_sampler(self.config, self._pipe.scheduler)
         if self.config.solver is not None:
             self._replaced, self._pipe.scheduler = self._pipe.scheduler, LearnedMultistepScheduler(**self.config.solver)
         self._guard = GuidanceGuard(self._pipe, self.clock, self.config.guidance)
@@ -169,12 +182,21 @@ class ILFHandle(Handle):
         hidden, args, kwargs = self._inputs
         self._inputs = None
         step = self.clock.step
-        if not self.config.feedback[step]:
+        if self._bypassed or not self.config.feedback[step]:
             return first_pass
         fed = self.module(first_pass, *args, **(kwargs if self._swap is None else self._swap.outer(kwargs)))
         for run, strength in zip(self._runs, self.module.strengths(step), strict=True):
             hidden = run(hidden + (strength * fed).to(hidden.dtype), *args, **kwargs)
         return hidden
+
+    @contextmanager
+    def bypassed(self) -> Iterator[None]:
+        """The plain backbone: the teacher is these same weights without the loop."""
+        self._bypassed = True
+        try:
+            yield
+        finally:
+            self._bypassed = False
 
     def keep(self, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Notes the span's input; called by the first block's hook."""
@@ -248,9 +270,37 @@ def attach(target: Any, manifest: Manifest, tensors: dict[str, Tensor]) -> ILFHa
     return handle
 
 
-def module_entry(config: ILFConfig) -> dict[str, Any]:
+def module_entry(config: ILFConfig | SolverTable) -> dict[str, Any]:
     """The config as JSON values, for the manifest."""
     return asdict(config)
+
+
+def sampler_entry(scheduler: Any, whole: bool) -> dict[str, Any]:
+    """What a pipeline's scheduler must agree with: its noise schedule, and with `whole` its class and solver too."""
+    names = [*_NOISE_SCHEDULE, *(_SOLVER if whole else ())]
+    kept = {name: scheduler.config[name] for name in names if name in scheduler.config}
+    return {**({"class": type(scheduler).__name__} if whole else {}), **kept}
+
+
+_NOISE_SCHEDULE = ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps", "prediction_type")
+_SOLVER = (
+    "algorithm_type",
+    "solver_order",
+    "solver_type",
+    "timestep_spacing",
+    "final_sigmas_type",
+    "use_karras_sigmas",
+)
+
+
+def _check_sampler(config: ILFConfig, scheduler: Any) -> None:
+    for name, made in config.sampler.items():
+        here = type(scheduler).__name__ if name == "class" else scheduler.config.get(name)
+        if here != made:
+            raise ValueError(
+                f"this ILF adapter was trained for a scheduler with {name} {made!r} and the pipeline's has {here!r}: "
+                "give the pipeline the scheduler it came with"
+            )
 
 
 def clean_copy(block: nn.Module) -> nn.Module:
@@ -265,11 +315,6 @@ def clean_copy(block: nn.Module) -> nn.Module:
 def centred_span(depth: int, length: int) -> int:
     """The first block of a span of `length` in the middle of `depth` blocks."""
     return (depth - length) // 2
-
-
-def stack_of(target: Any) -> BlockStack:
-    """The blocks that a span is chosen from."""
-    return block_stack(find_transformer(target))
 
 
 def _as(value: Any, dtype: torch.dtype) -> Any:

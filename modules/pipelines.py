@@ -139,6 +139,10 @@ class PixArtDriver(DiffusionDriver):
 
     asked_first = False
 
+    def __init__(self, pipe: DiffusionPipeline, call: dict[str, Any] | None = None) -> None:
+        # Cleaning by web-text rules is off, so that a caption means what it says.
+        super().__init__(pipe, {"clean_caption": False, **(call or {})})
+
     def encode(self, inputs: Sequence[str]) -> Conditions:
         """Conditions of B prompts, padded to the longest that the call allows."""
         length = {k: v for k, v in self.call.items() if k == "max_sequence_length"}
@@ -174,8 +178,8 @@ class PixArtDriver(DiffusionDriver):
         return {"resolution": size, "aspect_ratio": torch.ones(rows, 1, **kind)}
 
     def pipeline_arguments(self, inputs: Sequence[str]) -> dict[str, Any]:
-        """The prompts; cleaning by web-text rules is off, so that a caption means what it says."""
-        return {"prompt": list(inputs), "clean_caption": False}
+        """The prompts."""
+        return {"prompt": list(inputs)}
 
 
 class DiTDriver(DiffusionDriver):
@@ -245,7 +249,7 @@ def load_pipeline(name: str, revision: str | None = None, dtype: str = "float32"
     elif Path(name).is_dir() and not (Path(name) / "model_index.json").is_file():
         raise ValueError(f"the folder '{name}' holds no pipeline: it has no model_index.json")
     with _quiet_loading():
-        pipe = DiffusionPipeline.from_pretrained(source, revision=revision, torch_dtype=getattr(torch, dtype))
+        pipe = DiffusionPipeline.from_pretrained(source, revision=revision, dtype=getattr(torch, dtype))
     pipe.set_progress_bar_config(disable=True)
     for component in pipe.components.values():
         if isinstance(component, nn.Module):

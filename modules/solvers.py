@@ -44,7 +44,11 @@ class SolverTable:
 
 
 def dpm_solver_table(
-    timesteps: list[int], alphas_cumprod: Tensor, prediction_type: str, history: int = 4
+    timesteps: list[int],
+    alphas_cumprod: Tensor,
+    prediction_type: str,
+    history: int = 4,
+    first_order: Sequence[bool] = (),
 ) -> SolverTable:
     """DPM-Solver++(2M), midpoint form, with a first-order first and last step, as a table.
 
@@ -52,6 +56,7 @@ def dpm_solver_table(
         timesteps: m falling integers.
         alphas_cumprod: [T], alpha_t^2 of the training schedule.
         history: how many predictions a row may use (this solver uses two).
+        first_order: steps that use their own prediction alone, which is DDIM (Song et al. 2021, arXiv:2010.02502).
     """
     alphas = alphas_cumprod.double()[timesteps].sqrt()
     sigmas = (1 - alphas**2).sqrt()

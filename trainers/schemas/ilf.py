@@ -26,7 +26,7 @@ class Module(Section):
     )
     scale_shape: Literal["scalar", "per_step", "channel"] = Field(
         default="scalar",
-        description="strengths per injection: one, one for each feedback step, or one for each channel",
+        description="strengths per injection: one, one for each looped step, or one for each looped step and channel",
     )
     feedback_output: Literal["full", "delta"] = Field(
         default="full", description="what the feedback block feeds back: its output, or its output less its input"
@@ -34,14 +34,18 @@ class Module(Section):
     init: Literal["copy", "scratch"] = Field(
         default="copy", description="initial feedback block: a copy of the span's last block, or random"
     )
-    solver: Literal["learned", "backbone"] = Field(
-        default="backbone", description="multistep coefficients learned along with it, or the backbone's own scheduler"
+    solver: Literal["backbone", "ddim", "dpm", "learned"] = Field(
+        default="backbone",
+        description="the pipeline's own scheduler, or one that the adapter brings: DDIM, DPM-Solver++(2M), or multistep "
+        "weights learned along with the loop",
     )
     guidance: float = Field(
         default=3.0, ge=1, description="classifier-free guidance the adapter is made for; 1 is without"
     )
-    timesteps: list[int] | Literal["uniform", "quadratic", "learned"] = Field(
-        default="uniform", description="the outer timesteps, or how they are spaced"
+    timesteps: list[int] | Literal["uniform", "quadratic", "searched"] = Field(
+        default="uniform",
+        description="the outer timesteps, or how they are spaced: evenly, as the paper's feedback-aware schedule, or "
+        "where a fitted solver does best; anything but uniform needs a solver of the adapter's own",
     )
 
     @model_validator(mode="after")
@@ -51,6 +55,10 @@ class Module(Section):
                 raise ValueError(f"timesteps lists {len(self.timesteps)} steps but steps is {self.steps}")
             if any(later >= earlier for earlier, later in zip(self.timesteps, self.timesteps[1:], strict=False)):
                 raise ValueError("timesteps must fall from the noisiest to the cleanest")
+        if self.solver == "backbone" and self.timesteps != "uniform":
+            raise ValueError("timesteps must be uniform with solver backbone, which has its own: set solver=dpm")
+        if self.solver != "learned" and self.timesteps == "searched":
+            raise ValueError("timesteps searched needs solver learned: the search fits one")
         chosen = self.feedback_steps
         if isinstance(chosen, int) and not 0 <= chosen <= self.steps:
             raise ValueError(f"feedback_steps is {chosen} but must lie between 0 and steps, {self.steps}")
@@ -88,10 +96,19 @@ class Objective(Section):
     )
     substeps: PositiveInt = Field(default=3, description="teacher steps inside one outer step")
     guided: bool = Field(default=True, description="the teacher's steps are guided")
-    weighting: Literal["uniform", "image"] = Field(
-        default="uniform", description="weight of each step: equal, or by its effect on the final image"
+    weighting: Literal["uniform", "image", "final"] = Field(
+        default="uniform",
+        description="weight of each step: equal, by its effect on the final image, or nearly all on the last (rollout)",
     )
-    rollout: bool = Field(default=True, description="train on states the student itself reaches")
+    rollout: bool = Field(
+        default=False, description="train on the student's own trajectories against recorded ones, through the solver"
+    )
+    unroll: int = Field(
+        default=0, ge=0, description="consecutive steps of a rollout that the gradient runs through; 0 is all of them"
+    )
+    reference_steps: PositiveInt = Field(default=50, description="sampler steps of the recorded trajectories")
+    scale_lr: float = Field(default=5.0, gt=0, description="learning rate of the strengths, times optimizer.lr")
+    solver_lr: float = Field(default=0.1, gt=0, description="learning rate of the solver's weights, times optimizer.lr")
     lambda_distill: float = Field(default=1.0, ge=0, description="weight of the distillation loss")
     lambda_denoise: float = Field(default=0.0, ge=0, description="weight of the denoising loss (target fad)")
 
@@ -103,3 +120,18 @@ class Recipe(RecipeBase):
     module: Module = Field(default_factory=Module, description="feedback block, span and sampler schedule")
     data: Data = Field(default_factory=Data, description="what it learns from")
     objective: Objective = Field(default_factory=Objective, description="what it is asked to reproduce")
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> Recipe:
+        rollout = self.objective.rollout
+        if rollout and (self.data.kind != "synthetic" or self.module.solver == "backbone"):
+            raise ValueError("objective.rollout needs data.kind synthetic and module.solver ddim, dpm or learned")
+        if self.module.solver == "learned" and not rollout:
+            raise ValueError("module.solver learned needs objective.rollout: its weights learn along the trajectory")
+        if rollout and self.objective.target == "fad":
+            raise ValueError("objective.rollout follows recorded trajectories: set objective.target to trajectory")
+        if self.module.steps > self.objective.reference_steps:
+            raise ValueError(f"module.steps is {self.module.steps}, more than objective.reference_steps")
+        if not rollout and self.module.feedback_steps in ("none", 0, []):
+            raise ValueError("module.feedback_steps is none: there is nothing to learn without a looped step")
+        return self
