@@ -90,6 +90,10 @@ class Evaluation(Section):
 
     inputs: PositiveInt = Field(default=64, description="held-out inputs that quality is measured on")
     batch_size: PositiveInt = Field(default=16, description="images per call of the pipeline")
+    timing_batch: PositiveInt = Field(default=8, description="images per timed call")
+    prompts: Text | None = Field(
+        default=None, description="text file of prompts, of which the last tenth is held out; null takes the recipe's"
+    )
     repeats: int = Field(default=5, ge=5, description="paired timing rounds, each with every row once")
     seed: int = Field(default=1234, description="seed of the held-out inputs and of their noise")
 

@@ -132,6 +132,8 @@ class Recipe(RecipeBase):
             raise ValueError("objective.rollout follows recorded trajectories: set objective.target to trajectory")
         if self.module.steps > self.objective.reference_steps:
             raise ValueError(f"module.steps is {self.module.steps}, more than objective.reference_steps")
+        if self.evaluation.prompts is None:
+            self.evaluation.prompts = self.data.prompts
         if not rollout and self.module.feedback_steps in ("none", 0, []):
             raise ValueError("module.feedback_steps is none: there is nothing to learn without a looped step")
         return self
