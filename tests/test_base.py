@@ -266,6 +266,14 @@ def test_a_killed_save_leaves_the_older_checkpoint_loadable(tmp_path: Path) -> N
     assert not list(path.parent.glob(".*.tmp"))
 
 
+def test_an_adapter_says_what_made_it_wherever_the_run_lay(folder: RunFolder) -> None:
+    task, resumed = Tiny(recipe(run="a")), Tiny(recipe(run="b").model_copy(update={"resume": "elsewhere"}))
+    train(task, folder)
+    assert task.made_by()["steps"] == 8 and task.made_by()["seed"] == 0 and task.made_by()["recipe"] == "ilf_pixart"
+    assert task.made_by()["recipe_sha256"] == resumed.made_by()["recipe_sha256"]
+    assert task.made_by()["recipe_sha256"] != Tiny(recipe(seed="1")).made_by()["recipe_sha256"]
+
+
 def test_atomic_write_replaces_or_leaves(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "file.txt"
     atomic_write(path, "old")

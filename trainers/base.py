@@ -92,9 +92,10 @@ class FrozenBackboneTask(LightningModule):
     def made_by(self) -> dict[str, Any]:
         """The adapter's `made_by` entry: recipe, code, versions, steps, seed."""
         code = code_version()
+        recipe = self.recipe.model_copy(update={"resume": None, "run": None})
         return {
             "recipe": self.recipe.recipe,
-            "recipe_sha256": hashlib.sha256(to_yaml(self.recipe).encode()).hexdigest(),
+            "recipe_sha256": hashlib.sha256(to_yaml(recipe).encode()).hexdigest(),
             "code": code["commit"] and code["commit"] + ("-dirty" if code["dirty"] else ""),
             "versions": versions(),
             "steps": self.steps_done,
@@ -185,7 +186,11 @@ class FrozenBackboneTask(LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """The random numbers of a batch depend on its number and nothing that came before."""
         self.batch_number += 1
-        torch.manual_seed(derive_seed(self.recipe.seed, "batch", self.batch_number, self.global_rank))
+        # torch.manual_seed would also queue a call with a stack trace for every backend that is not in use.
+        seed = derive_seed(self.recipe.seed, "batch", self.batch_number, self.global_rank)
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def on_before_backward(self, loss: Tensor) -> None:
         """Stop before a loss that is not finite reaches a weight.

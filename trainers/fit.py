@@ -140,6 +140,7 @@ def _finish(task: FrozenBackboneTask, recipe: RecipeBase, folder: RunFolder) -> 
         adapter=str(folder.adapter),
         backbone=recipe.backbone.name,
         dtype=recipe.backbone.dtype,
+        device="cpu" if recipe.trainer.accelerator == "cpu" else "auto",
         output=str(folder.path),
         evaluation=recipe.evaluation,
     )
