@@ -5,7 +5,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 # The stamp carries what was installed, so that only a change of the requirements installs again.
 STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
-PIP := $(VENV)/bin/python -m pip install --quiet --no-input --constraint constraints.txt
+PIP := $(VENV)/bin/python -m pip install --quiet --no-input --no-compile --constraint constraints.txt
 
 .PHONY: env fit test lint
 env: $(STAMP)
