@@ -52,7 +52,7 @@ class Selector(ABC):
         """Where the decision makes sense."""
         return GRANULARITIES
 
-    def begin(self, num_steps: int | None, units: int) -> None:
+    def begin(self, num_steps: int | None, units: int) -> None:  # noqa: B027 - most members keep nothing
         """Starts a trajectory: forget the last one.  `num_steps` is None where nobody announced it."""
 
     @abstractmethod

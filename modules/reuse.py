@@ -1,4 +1,4 @@
-"""The untrained members: when to compute (every N steps, a table, a first-block test), what stands in (hold, delta, Taylor)."""
+"""The untrained selectors (every N steps, a table, a first-block test) and predictors (hold, delta, Taylor)."""
 
 from __future__ import annotations
 
@@ -180,6 +180,8 @@ class Taylor(Predictor):
         dtype: what differences are stored in; None is the features' own (diffusers' default is bfloat16).
         feature: "output" extrapolates what the unit returned, "residual" output minus input, added to the current
             input; the latter for whole blocks only.
+
+    Under torch.compile each unit is a graph break (its weights change with every step); hold and delta are none.
     """
 
     def __init__(

@@ -15,7 +15,7 @@ _STACKS: dict[str, tuple[str, ...]] = {
     "DiTTransformer2DModel": ("transformer_blocks",),
     "PixArtTransformer2DModel": ("transformer_blocks",),
 }
-# Blocks that diffusers' own TransformerBlockRegistry does not know: positions of hidden and encoder states in the output.
+# Blocks that diffusers' TransformerBlockRegistry lacks: where hidden and encoder states are in the output.
 _MORE_STREAMS: dict[str, tuple[int, int | None]] = {"JointTransformerBlock": (1, 0)}
 
 
@@ -119,7 +119,8 @@ def find_transformer(target: Any) -> nn.Module:
     model = cast(Any, unwrap_module)(given)
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"a {type(target).__name__} has no transformer: give a diffusers pipeline or a {' or '.join(sorted(_STACKS))}"
+            f"a {type(target).__name__} has no transformer: give a diffusers pipeline "
+            f"or a {' or '.join(sorted(_STACKS))}"
         )
     _block_lists(model)
     return model

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from diffusers import (
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
 )
+from diffusers.hooks.hooks import CacheContext, _set_cache_context
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
@@ -80,6 +83,21 @@ def call_kwargs(kind: str, batch: int, seed: int = 0) -> dict[str, Any]:
         "encoder_hidden_states": torch.randn(batch, 5, CAPTION_WIDTH, generator=generator),
         "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
     }
+
+
+@torch.no_grad()
+def forward(model: nn.Module, kind: str, batch: int = 2) -> Tensor:
+    """One bare transformer call on fixed inputs."""
+    latents = torch.randn(batch, LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE, generator=torch.Generator().manual_seed(7))
+    return model(latents, timestep=torch.full((batch,), 500), **call_kwargs(kind, batch)).sample
+
+
+@contextmanager
+def cache_context(model: nn.Module, name: str) -> Iterator[None]:
+    """What diffusers' CacheMixin.cache_context does, for models that do not inherit it."""
+    _set_cache_context(model, CacheContext(name))
+    yield
+    _set_cache_context(model, None)
 
 
 @torch.no_grad()

@@ -85,7 +85,7 @@ class ReuseHandle(Handle):
         unit.compute = self._wants(unit, hidden)
 
 
-class _UnitHook(ModelHook):
+class _UnitHook(ModelHook):  # type: ignore[misc]
     """Sits on each module of a unit.  A skipped unit predicts at its first module and passes through the others."""
 
     def __init__(self, handle: ReuseHandle, unit: _Unit, position: int) -> None:

@@ -120,12 +120,12 @@ class StepClock(Handle):
         self._scheduler = self._pipe = None
 
 
-class _NoState(BaseState):
+class _NoState(BaseState):  # type: ignore[misc]
     def reset(self, *args: Any, **kwargs: Any) -> None:
         pass
 
 
-class _RootHook(ModelHook):
+class _RootHook(ModelHook):  # type: ignore[misc]
     """Tells the clock of each forward.  Stateful in diffusers' sense so that cache_context and resets reach it."""
 
     _is_stateful = True
