@@ -24,7 +24,7 @@ def test_importing_the_facade_imports_neither_torch_nor_hugging_face():
     assert not {name.partition(".")[0] for name in names} & {"torch", "transformers", "diffusers", "huggingface_hub"}
 
 
-@pytest.mark.parametrize(("given", "words"), [((), "no command was given"), (("fot",), "'fot' is not a command")])
+@pytest.mark.parametrize(("given", "words"), [((), "no command was given"), (("train",), "'train' is not a command")])
 def test_an_unknown_command_is_one_sentence(given, words):
     done = run("-m", "afterburner", *given)
     assert done.returncode == 1
