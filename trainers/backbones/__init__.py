@@ -1,5 +1,5 @@
 """Remakes the small backbones that the repository ships, from nothing but installed packages.
 
-    python -m trainers.backbones pixart out=outputs/backbones/pixart
-    python -m trainers.backbones dit out=outputs/backbones/dit
+python -m trainers.backbones pixart out=outputs/backbones/pixart
+python -m trainers.backbones dit out=outputs/backbones/dit
 """

@@ -44,7 +44,9 @@ def train_autoencoder(steps: int, batch_size: int = 32, lr: float = 2e-3, log_ev
         optimizer.step()
         schedule.step()
         if step % log_every == 0 or step == steps - 1:
-            print(f"autoencoder {step} mse {mse_loss(decoded, images).item():.5f} {time.time() - start:.0f}s", flush=True)
+            print(
+                f"autoencoder {step} mse {mse_loss(decoded, images).item():.5f} {time.time() - start:.0f}s", flush=True
+            )
     _whiten(vae.eval())
     return vae
 

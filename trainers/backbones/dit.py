@@ -22,8 +22,8 @@ GUIDANCE = 1.5
 class Recipe:
     """How long and how wide; the defaults made the shipped backbone."""
 
-    steps: int = 6000
-    batch_size: int = 128
+    steps: int = 5000
+    batch_size: int = 64
     heads: int = 3
     layers: int = 10
     lr: float = 1.2e-3
@@ -94,7 +94,7 @@ def train_dit(recipe: Recipe) -> DiTPipeline:
 
 
 @torch.no_grad()
-def measure(pipe: DiTPipeline, count: int, steps: int = 20, guidance: float = GUIDANCE, ddim: bool = True) -> float:
+def measure(pipe: DiTPipeline, count: int, steps: int = 20, ddim: bool = True) -> float:
     """Class accuracy of samples from `steps` of DDIM (or of the pipeline's own sampler)."""
     pipe.set_progress_bar_config(disable=True)
     labels = class_labels(-1, count)
@@ -103,7 +103,7 @@ def measure(pipe: DiTPipeline, count: int, steps: int = 20, guidance: float = GU
         pipe.scheduler = DDIMScheduler(prediction_type="v_prediction", clip_sample=False, timestep_spacing="trailing")
     try:
         images = torch.cat([
-            pipe(labels[i : i + 100], num_inference_steps=steps, guidance_scale=guidance, output_type="pt",
+            pipe(labels[i : i + 100], num_inference_steps=steps, guidance_scale=GUIDANCE, output_type="pt",
                  generator=torch.Generator().manual_seed(i)).images
             for i in range(0, count, 100)
         ])  # fmt: skip
