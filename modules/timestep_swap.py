@@ -31,6 +31,7 @@ class TimestepSwap:
         self._blocks = block_stack(self.transformer).blocks[:depth]
         self._name = unique_name("timestep")
         self._own: Any = None
+        self.paused = False  # then every step gets its own timestep
         add_hook(self.transformer, _Root(self), self._name)
         for block in self._blocks:
             add_hook(block, _Block(self), self._name, root=self.transformer)
@@ -38,7 +39,7 @@ class TimestepSwap:
     def swap(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The transformer's arguments with the next timestep in place of its own."""
         self._own = None
-        if not self.chosen[self.clock.step]:
+        if self.paused or not self.chosen[self.clock.step]:
             return args, kwargs
         bound = self._forward.bind(self.transformer, *args, **kwargs).arguments
         timestep: Tensor = bound["timestep"]
