@@ -108,16 +108,20 @@ class ILFModule(nn.Module):
         self.feedback = clean_copy(stack.blocks[last])
         if init == "scratch":
             self.feedback.apply(_reset)
-            if config.feedback_output == "delta" and _is_silent(self.feedback):
-                # scale 0 keeps the block from learning, and a silent block keeps the scale from learning
-                raise ValueError(
-                    "feedback_output delta with zero-initialised gates cannot learn: use full, or init copy"
-                )
+        if config.feedback_output == "delta" and _is_silent(self.feedback):
+            # scale 0 keeps the block from learning, and a silent block keeps the scale from learning
+            raise ValueError("feedback_output delta with zero-initialised gates cannot learn: use full")
         width = stack.blocks[last].attn1.to_q.in_features
         shapes = {"scalar": (config.span_len,), "per_step": (config.looped, config.span_len)}
         shapes["channel"] = (config.looped, config.span_len, width)
         self.scale = nn.Parameter(torch.zeros(shapes[config.scale_shape]))
         self._row = [sum(config.feedback[:i]) for i in range(len(config.feedback))]
+
+    def train(self, mode: bool = True) -> ILFModule:
+        """The feedback block stays as the backbone's blocks are: in train mode DiT's drop class labels at random."""
+        super().train(mode)
+        self.feedback.eval()
+        return self
 
     def strengths(self, step: int) -> Tensor:
         """The strengths of one outer step: [n] or [n, D]."""
@@ -171,6 +175,7 @@ class ILFHandle(Handle):
         self.call_kwargs = {**self.config.call, "guidance_scale": self.config.guidance}
         self.call_kwargs["num_inference_steps"] = len(self.config.timesteps)
         if self._pipe is None:
+            self.clock.begin(len(self.config.timesteps))
             return
         _check_sampler(self.config, self._pipe.scheduler)
         if self.config.solver is not None:
@@ -192,11 +197,17 @@ class ILFHandle(Handle):
     @contextmanager
     def bypassed(self) -> Iterator[None]:
         """The plain backbone: the teacher is these same weights without the loop."""
-        self._bypassed = True
+        before = self._bypassed
+        self._bypass(True)
         try:
             yield
         finally:
-            self._bypassed = False
+            self._bypass(before)
+
+    def _bypass(self, bypassed: bool) -> None:
+        self._bypassed = bypassed
+        if self._swap is not None:
+            self._swap.paused = bypassed
 
     def keep(self, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Notes the span's input; called by the first block's hook."""
@@ -266,7 +277,11 @@ def attach(target: Any, manifest: Manifest, tensors: dict[str, Tensor]) -> ILFHa
     reference = next(transformer.parameters())
     module.to(device=reference.device, dtype=reference.dtype).requires_grad_(False).eval()
     handle = ILFHandle(target, module)
-    handle.use_sampler()
+    try:
+        handle.use_sampler()
+    except ValueError:
+        handle.detach()
+        raise
     return handle
 
 
@@ -304,12 +319,19 @@ def _check_sampler(config: ILFConfig, scheduler: Any) -> None:
 
 
 def clean_copy(block: nn.Module) -> nn.Module:
-    """A copy of a block without the hooks that sit on it."""
-    hidden = {name: block.__dict__.pop(name) for name in ("forward", "_diffusers_hook") if name in block.__dict__}
+    """A copy of a block without the hooks that sit on it or on its parts: they would bring their owners along."""
+    hidden: list[tuple[nn.Module, dict[str, Any]]] = []
     try:
+        for part in block.modules():
+            own = vars(part)
+            overrides: dict[str, Any] = {name: own.pop(name) for name in ("forward", "_diffusers_hook") if name in own}
+            hooks = {name: own[name] for name in own if name.startswith(("_forward_", "_backward_"))}
+            hidden.append((part, {**overrides, **hooks}))
+            own.update({name: type(value)() for name, value in hooks.items() if isinstance(value, dict)})
         return copy.deepcopy(block)
     finally:
-        block.__dict__.update(hidden)
+        for part, values in hidden:
+            vars(part).update(values)
 
 
 def centred_span(depth: int, length: int) -> int:
@@ -328,4 +350,4 @@ def _reset(module: nn.Module) -> None:
 
 def _is_silent(block: nn.Module) -> bool:
     gate = getattr(getattr(block, "norm1", None), "linear", None)
-    return gate is not None and not bool(gate.weight.any())
+    return gate is not None and not bool(gate.weight.any()) and not bool(gate.bias.any())
