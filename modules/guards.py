@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -24,30 +26,37 @@ class GuidanceGuard:
         self._halves: tuple[Tensor, ...] = ()
         self._asked_last = type(pipe).__name__ != "DiTPipeline"
         self._remover = clock.transformer.register_forward_hook(self._see_output)
-        self._step = self.scheduler.step
-        self.scheduler.step = self._checked_step
+        self._before = vars(self.scheduler).get("step")
+        self.scheduler.step = self._checked(self.scheduler.step)
 
     def _see_output(self, module: nn.Module, args: Any, output: Any) -> None:
         if self.clock.step == 0:
             sample = output[0] if isinstance(output, tuple) else output.sample
             self._halves = (sample,)
 
-    def _checked_step(self, model_output: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self._halves:
-            (sample,), self._halves = self._halves, ()
-            self._check(sample, model_output)
-        return self._step(model_output, *args, **kwargs)
+    def _checked(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(step)  # pipelines look at the signature to see whether eta and a generator are accepted
+        def checked(model_output: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self._halves:
+                (sample,), self._halves = self._halves, ()
+                self._check(sample, model_output)
+            return step(model_output, *args, **kwargs)
+
+        return checked
 
     def _check(self, sample: Tensor, combined: Tensor) -> None:
         channels, rows = combined.shape[1], len(sample)
         found = 1.0
         # DiT's pipeline keeps both halves through the scheduler; the others keep one.
-        doubled = not self._asked_last and self.guidance > 1 and rows % 2 == 0 and rows == len(combined)
+        doubled = not self._asked_last and rows % 2 == 0 and rows == len(combined)
         if doubled or rows == 2 * len(combined):
             first, second = sample[:, :channels].float().chunk(2)
             asked, nothing = (second, first) if self._asked_last else (first, second)
             direction, reached = asked - nothing, combined[: len(asked)].float() - nothing
-            found = float(torch.sum(reached * direction) / torch.sum(direction * direction).clamp_min(1e-12))
+            length = float(direction.square().sum())
+            if length <= 1e-10 * float(nothing.square().sum()):
+                return  # nothing was asked for: every guidance is the same
+            found = float(torch.sum(reached * direction)) / length
         if abs(found - self.guidance) > self.tolerance * self.guidance:
             raise ValueError(
                 f"this adapter was trained for guidance_scale {self.guidance:g} and the pipeline runs {found:.3g}: "
@@ -57,4 +66,7 @@ class GuidanceGuard:
     def detach(self) -> None:
         """Gives the scheduler its own `step` back."""
         self._remover.remove()
-        self.scheduler.__dict__.pop("step", None)
+        if self._before is None:
+            vars(self.scheduler).pop("step", None)
+        else:
+            self.scheduler.step = self._before
