@@ -94,6 +94,7 @@ class DiffusionDriver(ABC):
             timestep: a scalar tensor on the denoiser's device.
             guidance: 1 or less runs B rows without guidance.
         """
+        latents = latents.to(self.dtype)  # training keeps its states in float32 whatever the backbone runs in
         if guidance <= 1:
             return self.denoise(latents, timestep.expand(len(latents)), conditions.asked)
         out = self.denoise(torch.cat([latents, latents]), timestep.expand(2 * len(latents)), self.join(conditions))
