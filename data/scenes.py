@@ -187,7 +187,7 @@ def read_scene(image: np.ndarray) -> str:
 
 
 def _find_items(image: np.ndarray, background: np.ndarray) -> list[Item | None]:
-    """One item per colour present; None stands for a region that is no known shape."""
+    """One item per colour present; None stands for a region that is no known shape, or for a second of its colour."""
     # Each pixel is background plus coverage times (colour - background): solve for coverage against every colour.
     offset = image - background
     directions = np.array(list(COLOURS.values())) / 255.0 - background
@@ -197,12 +197,15 @@ def _find_items(image: np.ndarray, background: np.ndarray) -> list[Item | None]:
     sure = (cover.max(-1) > 0.8) & (misfit.min(-1) < 0.05)
     owner = misfit.argmin(-1)
     found: list[Item | None] = []
-    masks = {}
+    masks, repeated = {}, False
     for index, colour in enumerate(COLOURS):
         labels, count = ndimage.label(sure & (owner == index))
         sizes = ndimage.sum_labels(np.ones_like(labels), labels, range(1, count + 1))
         if count and sizes.max() >= MIN_PIXELS:
             masks[colour] = labels == int(np.argmax(sizes)) + 1
+            repeated |= int((sizes >= MIN_PIXELS).sum()) > 1
+    if repeated:  # no caption speaks of two shapes of one colour
+        return [None]
     distances = {colour: ndimage.distance_transform_edt(~mask) for colour, mask in masks.items()}
     for index, colour in enumerate(COLOURS):
         if colour in masks:
