@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modules.pipelines import Conditions, DiffusionDriver
+from modules.pipelines import Conditions, DiffusionDriver, DiTDriver
 
 
 def image_latents(driver: DiffusionDriver, source: str, limit: int, batch_size: int = 16) -> tuple[Tensor, Conditions]:
@@ -17,7 +17,8 @@ def image_latents(driver: DiffusionDriver, source: str, limit: int, batch_size: 
 
     Args:
         source: a folder in one of the layouts that `datasets` loads (images with a metadata.csv or metadata.jsonl, or
-            Parquet files), or a Hub id.  Columns: `image`, and `text` (or `caption`, `prompt`) or `label`.
+            Parquet files), or a Hub id.  Columns: `image`, and `label` for a class-conditional backbone, else `text`,
+            `caption` or `prompt`.
     Returns:
         latents [N, C, H, W], and N conditions.
     Raises:
@@ -27,9 +28,11 @@ def image_latents(driver: DiffusionDriver, source: str, limit: int, batch_size: 
     columns = rows.column_names
     if "image" not in columns:
         raise ValueError(f"data.path {source} has the columns {', '.join(columns)} but needs one named image")
-    named = [name for name in ("text", "caption", "prompt", "label") if name in columns]
+    wanted = ("label",) if isinstance(driver, DiTDriver) else ("text", "caption", "prompt")
+    named = [name for name in wanted if name in columns]
     if not named:
-        raise ValueError(f"data.path {source} has the columns {', '.join(columns)}: one of text or label is missing")
+        missing = " or ".join([", ".join(wanted[:-1]), wanted[-1]]) if wanted[1:] else wanted[0]
+        raise ValueError(f"data.path {source} has the columns {', '.join(columns)}: {missing} is missing")
     rows = rows.select(range(min(limit, len(rows))))
     pixels = driver.latent_shape[1] * _scale(driver)
     parts, asked = [], []
