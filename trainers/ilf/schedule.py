@@ -22,7 +22,7 @@ def quadratic_timesteps(steps: int, train_steps: int) -> list[int]:
     The largest is n - 1, the last timestep that exists.
     """
     grid = [i * train_steps / steps for i in range(steps, 0, -1)]
-    wanted = [min(max(round(t * t / 1000), 10), train_steps - 1) for t in grid]
+    wanted = [min(max(round(t * t / train_steps), 10), train_steps - 1) for t in grid]
     # Small steps meet at the floor of 10: keep the list falling.
     for i in range(len(wanted) - 2, -1, -1):
         wanted[i] = max(wanted[i], wanted[i + 1] + 1)
@@ -69,7 +69,8 @@ def nearest_positions(timesteps: Sequence[int], grid: Sequence[int]) -> list[int
     for t in timesteps[1:]:
         nearest = min(range(len(grid)), key=lambda position: abs(grid[position] - t))
         found.append(max(nearest, found[-1] + 1))
-    return found
+    # Where the last ones crowd, those before them make room.
+    return [min(position, len(grid) - len(found) + i) for i, position in enumerate(found)]
 
 
 @torch.no_grad()
