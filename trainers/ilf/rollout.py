@@ -99,7 +99,8 @@ class Rollout:
         latents, history = self.runs.at(self.positions[0])[index], History(len(table.data[0]))
         for i, timestep in enumerate(table.timesteps):
             handle.clock.pin(i)
-            output = self.driver.guided(latents, torch.tensor(timestep), conditions, self.guidance)
+            t = torch.tensor(timestep, device=latents.device)
+            output = self.driver.guided(latents, t, conditions, self.guidance)
             kept = history.push(denoised(output, latents, table.alphas[i], table.prediction_type))
             latents = combine(table.state[i], table.data[i], latents, kept)
         return latents
