@@ -7,13 +7,21 @@ per stream of the block: `(hidden,)`, or `(hidden, encoder_hidden)` where a bloc
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Literal, Self, TypeAlias
+from typing import Any, ClassVar, Literal, Protocol, Self, TypeAlias
 
 from torch import Tensor
 
 Granularity: TypeAlias = Literal["block", "submodule", "span"]
 GRANULARITIES: tuple[Granularity, ...] = ("block", "submodule", "span")
 Features: TypeAlias = tuple[Tensor, ...]
+
+
+class AdapterEntry(Protocol):
+    """What `attach` reads of an adapter's manifest (`checkpoints.manifest.Manifest`)."""
+
+    @property
+    def module(self) -> dict[str, Any]:
+        """The module's config dataclass as a dict."""
 
 
 class Handle(ABC):

@@ -9,22 +9,19 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from diffusers.hooks.hooks import ModelHook
 from torch import Tensor, nn
 
-from modules.contracts import Handle
+from modules.contracts import AdapterEntry, Handle
 from modules.diffusion_host import StepClock
 from modules.diffusion_host.hooks import add_hook, remove_hook, unique_name
 from modules.guards import GuidanceGuard
 from modules.sites import block_stack, find_transformer
 from modules.solvers import LearnedMultistepScheduler, SolverTable
 from modules.timestep_swap import TimestepSwap
-
-if TYPE_CHECKING:
-    from checkpoints.manifest import Manifest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,9 +108,12 @@ class ILFModule(nn.Module):
         if config.feedback_output == "delta" and _is_silent(self.feedback):
             # scale 0 keeps the block from learning, and a silent block keeps the scale from learning
             raise ValueError("feedback_output delta with zero-initialised gates cannot learn: use full")
-        width = stack.blocks[last].attn1.to_q.in_features
-        shapes = {"scalar": (config.span_len,), "per_step": (config.looped, config.span_len)}
-        shapes["channel"] = (config.looped, config.span_len, width)
+        width = int(cast(Any, stack.blocks[last]).attn1.to_q.in_features)
+        shapes: dict[str, tuple[int, ...]] = {
+            "scalar": (config.span_len,),
+            "per_step": (config.looped, config.span_len),
+            "channel": (config.looped, config.span_len, width),
+        }
         self.scale = nn.Parameter(torch.zeros(shapes[config.scale_shape]))
         self._row = [sum(config.feedback[:i]) for i in range(len(config.feedback))]
 
@@ -184,6 +184,7 @@ class ILFHandle(Handle):
 
     def loop(self, first_pass: Tensor) -> Tensor:
         """The span's second pass, given the output of its first [B, T, D]."""
+        hidden: Tensor
         hidden, args, kwargs = self._inputs
         self._inputs = None
         step = self.clock.step
@@ -236,7 +237,7 @@ class ILFHandle(Handle):
             )
 
 
-class _Enter(ModelHook):
+class _Enter(ModelHook):  # type: ignore[misc]
     def __init__(self, handle: ILFHandle) -> None:
         cast(Any, super()).__init__()
         self.handle = handle
@@ -249,7 +250,7 @@ class _Enter(ModelHook):
         return args, kwargs
 
 
-class _Leave(ModelHook):
+class _Leave(ModelHook):  # type: ignore[misc]
     def __init__(self, handle: ILFHandle) -> None:
         cast(Any, super()).__init__()
         self.handle = handle
@@ -263,7 +264,7 @@ def attach_module(target: Any, module: ILFModule) -> ILFHandle:
     return ILFHandle(target, module)
 
 
-def attach(target: Any, manifest: Manifest, tensors: dict[str, Tensor]) -> ILFHandle:
+def attach(target: Any, manifest: AdapterEntry, tensors: dict[str, Tensor]) -> ILFHandle:
     """Attaches an exported adapter to a pipeline or a transformer.
 
     Call the pipeline with `**handle.call_kwargs`: number of steps and guidance are part of what was trained.

@@ -116,20 +116,22 @@ class DiffusionDriver(ABC):
             call: further arguments of the pipeline's call, over the driver's own.
         """
         arguments = {**self.call, **call, **self.pipeline_arguments(inputs)}
-        images = self.pipe(generator=[_generator(seed) for seed in seeds], output_type="pt", **arguments).images
+        generators = [_generator(seed) for seed in seeds]
+        images: Tensor = self.pipe(generator=generators, output_type="pt", **arguments).images
         return images * 2 - 1
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Images in -1..1 of latents [B, C, H, W]."""
-        return self.pipe.vae.decode(latents / self.pipe.vae.config.scaling_factor).sample.clamp(-1, 1)
+        images: Tensor = self.pipe.vae.decode(latents / self.pipe.vae.config.scaling_factor).sample
+        return images.clamp(-1, 1)
 
     @torch.no_grad()
     def latents_of(self, images: Tensor) -> Tensor:
         """Latents [B, C, H, W] of images [B, 3 or 1, height, width] in -1..1."""
         encoded = self.pipe.vae.encode(images)
-        latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
-        return latents * self.pipe.vae.config.scaling_factor
+        latents: Tensor = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+        return latents * float(self.pipe.vae.config.scaling_factor)
 
     def _prediction(self, out: Tensor) -> Tensor:
         return out[:, : self.latent_shape[0]]
@@ -171,12 +173,11 @@ class PixArtDriver(DiffusionDriver):
         )
 
     def _size_conditions(self, rows: int) -> dict[str, Tensor | None]:
-        if self.transformer.config.sample_size != 128:
+        if self.latent_shape[1] != 128:
             return {"resolution": None, "aspect_ratio": None}
         pixels = self.latent_shape[1] * self.pipe.vae_scale_factor
-        kind = {"dtype": self.dtype, "device": self.device}
-        size = torch.full((rows, 2), float(pixels), **kind)
-        return {"resolution": size, "aspect_ratio": torch.ones(rows, 1, **kind)}
+        size = torch.full((rows, 2), float(pixels), dtype=self.dtype, device=self.device)
+        return {"resolution": size, "aspect_ratio": torch.ones_like(size[:, :1])}
 
     def pipeline_arguments(self, inputs: Sequence[str]) -> dict[str, Any]:
         """The prompts."""

@@ -11,6 +11,7 @@ reference trajectory, step after step on the solver's own states, which needs no
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,7 +84,7 @@ def denoised(output: Tensor, latents: Tensor, alpha: float, prediction_type: str
     Raises:
         ValueError: `prediction_type` is none of epsilon, v_prediction, sample.
     """
-    sigma = (1 - alpha**2) ** 0.5
+    sigma = math.sqrt(1 - alpha**2)
     if prediction_type == "epsilon":
         return (latents - sigma * output) / alpha
     if prediction_type == "v_prediction":
@@ -97,7 +98,7 @@ def noise_of(output: Tensor, latents: Tensor, alpha: float, prediction_type: str
     """The noise that a network output implies at signal level `alpha`."""
     if prediction_type == "epsilon":
         return output
-    sigma = (1 - alpha**2) ** 0.5
+    sigma = math.sqrt(1 - alpha**2)
     return (latents - alpha * denoised(output, latents, alpha, prediction_type)) / sigma
 
 
@@ -139,7 +140,7 @@ def fit_row(latents: Tensor, kept: list[Tensor], target: Tensor, ridge: float = 
     return solution[0], solution[1:]
 
 
-class LearnedMultistepScheduler(SchedulerMixin, ConfigMixin):
+class LearnedMultistepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     """A `SolverTable` as a diffusers scheduler.
 
     The timesteps are the table's own: a pipeline that asks for another number of steps is refused.
@@ -149,7 +150,7 @@ class LearnedMultistepScheduler(SchedulerMixin, ConfigMixin):
     init_noise_sigma = 1.0
     config_name = "scheduler_config.json"
 
-    @register_to_config
+    @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
         self,
         timesteps: list[int],

@@ -69,7 +69,7 @@ class TimestepSwap:
         remove_hook(self.transformer, self._name)
 
 
-class _Root(ModelHook):
+class _Root(ModelHook):  # type: ignore[misc]
     def __init__(self, swap: TimestepSwap) -> None:
         cast(Any, super()).__init__()
         self.swap = swap
@@ -78,7 +78,7 @@ class _Root(ModelHook):
         return self.swap.swap(args, kwargs)
 
 
-class _Block(ModelHook):
+class _Block(ModelHook):  # type: ignore[misc]
     def __init__(self, swap: TimestepSwap) -> None:
         cast(Any, super()).__init__()
         self.swap = swap

@@ -36,8 +36,8 @@ class Module(Section):
     )
     solver: Literal["backbone", "ddim", "dpm", "learned"] = Field(
         default="backbone",
-        description="the pipeline's own scheduler, or one that the adapter brings: DDIM, DPM-Solver++(2M), or multistep "
-        "weights learned along with the loop",
+        description="the pipeline's own scheduler, or one that the adapter brings: DDIM, DPM-Solver++(2M), or one "
+        "whose multistep weights are learned along with the loop",
     )
     guidance: float = Field(
         default=3.0, ge=1, description="classifier-free guidance the adapter is made for; 1 is without"
