@@ -99,7 +99,7 @@ library_name: diffusers
 |---|---|
 {rows}
 
-Remade by `python -m trainers.backbones {name} out=FOLDER` (two CPU cores, about an hour); these weights and numbers
+Remade by `python -m trainers.backbones {name} out=FOLDER` (two CPU cores, an hour at most); these weights and numbers
 come from torch {torch.__version__} on {platform.machine()}.
 
 ![samples](samples.png)
