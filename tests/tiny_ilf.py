@@ -27,6 +27,7 @@ INPUTS: dict[str, list[Any]] = {
     "pixart": ["a red circle", "a blue square on grey", "green", "a grey circle on red"],
 }
 SEEDS = [11, 12, 13, 14]
+RECIPE = Path(__file__).with_name("ilf_tiny.yaml")
 
 
 def tiny_driver(kind: str, layers: int = DEPTH) -> DiffusionDriver:
@@ -135,23 +136,6 @@ def save_tiny(kind: str, folder: Path, monkeypatch: Any = None, layers: int = DE
     return name
 
 
-SMALL = {
-    "module.steps": "3",
-    "module.span_len": "2",
-    "module.feedback_steps": "2",
-    "data.trajectories": "6",
-    "data.holdout": "2",
-    "data.batch_size": "2",
-    "objective.reference_steps": "6",
-    "objective.substeps": "2",
-    "optimizer.lr": "1e-2",
-    "optimizer.warmup_steps": "0",
-    "trainer.max_steps": "4",
-    "trainer.accelerator": "cpu",
-    "trainer.ema": "0",
-    "trainer.sample_every": "0",
-    "trainer.save_every": "2",
-}
 LEARNED_SOLVER = {"module.solver": "learned", "objective.rollout": "true"}
 
 
@@ -159,4 +143,4 @@ def tiny_recipe(name: str, **changes: str) -> Any:
     """A recipe that trains on a saved tiny backbone in about a second; keys are written with __ for dots."""
     prompts = {} if "dit" in name else {"data.prompts": str(Path(name).parent / "prompts.txt")}
     own = {key.replace("__", "."): value for key, value in changes.items()}
-    return recipes.compose_recipe("ilf_dit", {**SMALL, "backbone.name": name, **prompts, **own})
+    return recipes.compose_recipe(str(RECIPE), {"backbone.name": name, **prompts, **own})
