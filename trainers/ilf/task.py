@@ -288,9 +288,9 @@ def _record(recipe: Recipe, running: DiffusionDriver) -> tuple[list[int], Trajec
         positions = schedule.nearest_positions(schedule.quadratic_timesteps(settings.steps, train_steps), grid)
     else:
         positions = schedule.nearest_positions(cast(list[int], settings.timesteps), grid)
-    keep = [*positions, reference]
+    keep = [*positions, reference] if recipe.objective.rollout else [reference]
     rest = record_trajectories(running, inputs[searched:], seeds[searched:], keep=keep, notify=print, **shared)
-    return positions, rest if first is None else first.thinned(keep).joined(rest)
+    return positions, rest if first is None else first.thinned(rest.kept).joined(rest)
 
 
 def _table(
