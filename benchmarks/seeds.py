@@ -4,7 +4,7 @@
     python -m benchmarks.seeds outputs/ilf_pixart/seed{0,1,2} --save ilf_pixart
 
 Each line is one row with its lowest and highest value over the seeds; the last line says whether the adapter's range
-of PSNR lies above that of every plain and untrained row that executes at least as many blocks.
+of PSNR lies above that of every plain and untrained row that is not faster than it.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def main() -> int:
     lowest = min(row["quality"]["psnr_db"] for row in own)
     lost = [f"{method} ({best:.2f})" for method, best in rivals.items() if best >= lowest]
     verdict = f"loses to {', '.join(lost)}" if lost else "above the highest of every plain and untrained row"
-    print(f"\n{name}: lowest {lowest:.2f} dB; at equal or more work {verdict}")
+    print(f"\n{name}: lowest {lowest:.2f} dB; at equal or higher latency {verdict}")
     if arguments.save:
         print(results.append(arguments.save, saved))
     return 1 if lost else 0
