@@ -130,6 +130,8 @@ class Recipe(RecipeBase):
             raise ValueError("module.solver learned needs objective.rollout: its weights learn along the trajectory")
         if rollout and self.objective.target == "fad":
             raise ValueError("objective.rollout follows recorded trajectories: set objective.target to trajectory")
+        if self.objective.target == "fad" and self.module.inner_timestep == "target":
+            raise ValueError("objective.target fad draws its own timesteps: set module.inner_timestep to outer")
         if self.module.steps > self.objective.reference_steps:
             raise ValueError(f"module.steps is {self.module.steps}, more than objective.reference_steps")
         if self.evaluation.prompts is None:
