@@ -306,6 +306,10 @@ _SOLVER = (
     "timestep_spacing",
     "final_sigmas_type",
     "use_karras_sigmas",
+    "lower_order_final",
+    "thresholding",
+    "clip_sample",
+    "set_alpha_to_one",
 )
 
 
