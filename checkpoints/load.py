@@ -63,7 +63,7 @@ def load_adapter(target: Any, adapter: str | Path, *, revision: str | None = Non
     Raises:
         AdapterError: damaged, of an unknown method, or made for another backbone; nothing was attached.
     """
-    folder = _local_folder(adapter, revision)
+    folder = local_folder(adapter, revision)
     manifest = read_manifest(folder)
     attach = _attach_of(manifest.method, folder)
     check_valid_for(manifest, backbone_of(target))
@@ -113,7 +113,8 @@ def _attach_of(method: str, folder: Path) -> Any:
     return importlib.import_module(f"{_PREFIX}modules.{method}").attach
 
 
-def _local_folder(adapter: str | Path, revision: str | None) -> Path:
+def local_folder(adapter: str | Path, revision: str | None) -> Path:
+    """The adapter folder itself, or where a Hub id's files were fetched to; AdapterError if there is neither."""
     try:
         return find_adapter(adapter)
     except AdapterError:

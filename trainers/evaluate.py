@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from trainers.config import EvaluateConfig
 from trainers.recipes import exit_on_error, plain_command
-from trainers.settings import ConfigError
 
 if TYPE_CHECKING:
     from checkpoints.manifest import Manifest
@@ -25,8 +24,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = plain_command(EvaluateConfig, sys.argv[1:] if argv is None else argv, USAGE)
     if config is None:
         return 0
-    if config.evaluation.repeats < 5:
-        raise ConfigError([f"evaluation.repeats is {config.evaluation.repeats}, expected an integer >= 5"])
     try:
         run(config)
     except (ValueError, OSError) as error:  # AdapterError, a backbone that is not there, no room to write
@@ -49,13 +46,14 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     import torch
     from rich.console import Console
 
+    from checkpoints.load import local_folder
     from checkpoints.manifest import read_manifest
     from modules.pipelines import driver, load_pipeline
     from trainers import report as reports
-    from trainers.evaluation import adapter_folder, method_module
+    from trainers.evaluation import method_module
     from trainers.run_folder import code_version
 
-    adapter = adapter_folder(config.adapter, config.revision)
+    adapter = local_folder(config.adapter, config.revision)
     manifest = read_manifest(adapter)
     method = method_module(manifest.method)
     device = _device(config.device)

@@ -5,19 +5,16 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from torch import Tensor
 
 from checkpoints.load import known_methods
-from checkpoints.manifest import AdapterError, find_adapter
+from checkpoints.manifest import AdapterError
 from trainers.image_quality import mse, psnr_db, ssim
 from trainers.report import QualityFn
 from trainers.rows import Case
-
-_FETCHED = ["*.json", "*.safetensors", "*.md"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,20 +56,3 @@ def method_module(method: str) -> ModuleType:
     if method not in known_methods():
         raise AdapterError(f"the adapter's method is {method!r}, which is not one of {', '.join(known_methods())}")
     return importlib.import_module(f".{method}", __package__)
-
-
-def adapter_folder(adapter: str, revision: str | None) -> Path:
-    """The local folder of an adapter given as a folder or as a Hub id.
-
-    Raises:
-        AdapterError: there is neither.
-    """
-    if Path(adapter).is_dir() or adapter.count("/") != 1 or adapter.startswith((".", "/")):
-        return find_adapter(adapter)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(adapter, revision=revision, allow_patterns=_FETCHED))
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise AdapterError(f"there is no folder {adapter}, and from the Hub it cannot be fetched: {reason}") from error
