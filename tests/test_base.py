@@ -324,3 +324,13 @@ def test_a_folder_says_where_it_comes_from(folder: RunFolder) -> None:
     assert recipes.compose_resumed(str(folder.path), None, {}).trainer.max_steps == 8
     folder.discard_if_empty()
     assert not folder.path.exists()
+
+
+def test_a_run_that_could_not_begin_leaves_other_runs_and_no_empty_folder(tmp_path: Path) -> None:
+    settings = recipe(output_dir=str(tmp_path))
+    only = RunFolder.for_recipe(settings)
+    only.discard_if_empty()
+    assert not any(tmp_path.iterdir())
+    kept, refused = RunFolder.for_recipe(settings), RunFolder.for_recipe(settings)
+    refused.discard_if_empty()
+    assert kept.path.is_dir() and not refused.path.exists()

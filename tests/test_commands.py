@@ -176,7 +176,7 @@ def test_a_backbone_that_cannot_be_built_is_one_sentence_and_no_folder(fake: Pat
     monkeypatch.setattr(training, "build_task", missing)
     assert fit.main(SHORT) == 1
     assert capsys.readouterr().err == "error: no such backbone; there is no checkpoint yet\n"
-    assert not list(fake.iterdir())
+    assert not fake.exists()
 
 
 def test_dry_run_loads_what_it_exported_and_leaves_nothing(fake: Path, monkeypatch) -> None:

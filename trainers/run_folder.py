@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -151,6 +152,8 @@ class RunFolder:
         """Remove a folder in which nothing was trained yet, for a run that could not begin."""
         if not self.checkpoints.exists() and not self.metrics.exists():
             shutil.rmtree(self.path, ignore_errors=True)
+            with suppress(OSError):  # another run lives there
+                self.path.parent.rmdir()
 
     def latest_checkpoint(self) -> Path | None:
         """The complete checkpoint of the highest step, or None."""
