@@ -15,7 +15,7 @@ $(STAMP):
 	@$(VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV), which takes some minutes the first time"
 	@$(PIP) torch
-	@$(PIP) --editable '.[dev]'
+	@$(PIP) --editable '.[dev,train]'
 	@rm -f $(VENV)/.installed-*
 	@touch $@
 

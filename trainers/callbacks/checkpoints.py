@@ -1,0 +1,128 @@
+"""Checkpoints: when they are written, that they are whole, and that reading one executes nothing."""
+
+from __future__ import annotations
+
+import pickle
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.callbacks import Checkpoint
+
+from trainers.run_folder import atomic_write, checkpoint_name
+
+_KEPT = 2
+
+
+class Interrupted(Exception):  # noqa: N818  (the name says what happened)
+    """A signal ended the run between two steps, after a checkpoint."""
+
+    def __init__(self, signum: int, step: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}")
+        self.signum = signum
+
+
+class AtomicCheckpointIO(CheckpointIO):
+    """Checkpoints appear whole or not at all, and loading one executes nothing.
+
+    Lightning's own writes to the system's temporary folder first, from where a move may be a copy.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write beside `path`, flush to disk, rename."""
+        atomic_write(Path(path), lambda file: torch.save(checkpoint, file))
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True
+    ) -> dict[str, Any]:
+        """Tensors and plain values only, whatever the caller asks for."""
+        return read_checkpoint(Path(path), map_location)
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Delete one file."""
+        Path(path).unlink(missing_ok=True)
+
+
+def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """A checkpoint's contents without executing anything from it.
+
+    Raises:
+        ValueError: damaged, or it holds other than tensors and plain values.
+    """
+    try:
+        checkpoint: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True)
+        return checkpoint
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{path} is not a checkpoint that can be read ({reason}): use an older one") from None
+
+
+class Checkpoints(Checkpoint):
+    """The newest two checkpoints, every `every` updates, at the last one, and when a signal asks to stop.
+
+    Not Lightning's ModelCheckpoint: that has no rule for the last step or for a signal but through private methods.
+    On SIGINT or SIGTERM the running step is finished, a checkpoint written and `Interrupted` raised; a second SIGINT
+    interrupts at once.
+    """
+
+    def __init__(self, folder: Path, every: int) -> None:
+        self.folder, self.every = folder, every
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+        self._seen_step = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What the run resumes from is saved already; Lightning has set its own handlers, ours stand in for them."""
+        self._seen_step = trainer.global_step
+        try:
+            self._before = {signum: signal.signal(signum, self._note) for signum in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:
+            self._before = {}  # Only the main thread may set handlers; without them a signal ends the run as usual.
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        if self.received is not None and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signum
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save when it is time, between two updates only."""
+        step = trainer.global_step
+        if step == self._seen_step:  # more batches of this update are to come
+            return
+        self._seen_step = step
+        stop = self._agreed_to_stop(trainer, step)
+        if stop or step % self.every == 0 or step == trainer.max_steps:
+            trainer.save_checkpoint(self.folder / checkpoint_name(step))
+            self._remove_old(trainer)
+        if stop:
+            raise Interrupted(self.received or signal.SIGTERM, step)
+
+    def _agreed_to_stop(self, trainer: Trainer, step: int) -> bool:
+        """All ranks must leave at the same step; alone there is nobody to ask."""
+        if trainer.world_size == 1:
+            return self.received is not None
+        return step % 10 == 0 and trainer.strategy.reduce_boolean_decision(self.received is not None, all=False)
+
+    def _remove_old(self, trainer: Trainer) -> None:
+        if trainer.is_global_zero:
+            for old in sorted(self.folder.glob("step_*.ckpt"))[:-_KEPT]:
+                old.unlink(missing_ok=True)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Signals mean what they meant before."""
+        self._give_back()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Lightning does not call teardown then."""
+        self._give_back()
+
+    def _give_back(self) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+        self._before = {}
