@@ -6,15 +6,12 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
-from trainers import recipes
+from trainers import processes, recipes
 from trainers.config import EvaluateConfig, RecipeBase
 from trainers.run_folder import ENVIRONMENT_KEY, RunFolder
 from trainers.settings import ConfigError, help_text
-
-if TYPE_CHECKING:
-    from trainers.base import FrozenBackboneTask
 
 USAGE = """usage: python -m trainers.fit recipe=NAME [key=value ...]   train, export, evaluate
        python -m trainers.fit resume=outputs/RECIPE/RUN [trainer.max_steps=N]   continue a run
@@ -89,9 +86,12 @@ def _fit(recipe: RecipeBase, argv: Sequence[str], dry_run: bool) -> int:
     from trainers.base import NonFiniteLoss
     from trainers.callbacks import Interrupted
 
-    console = Console()
+    rank = processes.rank(recipe)
+    console = Console(quiet=rank > 0)
     if dry_run:
+        others = processes.start_others(recipe, _lost)
         training.dry_run(recipe, console)
+        processes.wait_for(others)
         console.print(f"{recipe.recipe}: built, trained one update, exported and loaded again; nothing was kept")
         return 0
 
@@ -100,38 +100,49 @@ def _fit(recipe: RecipeBase, argv: Sequence[str], dry_run: bool) -> int:
 
     # While no step is running (loading, exporting, evaluating) there is nothing to finish first.
     before = signal.signal(signal.SIGTERM, terminated)
-    folder = RunFolder.for_recipe(recipe)
-    # Processes that Lightning starts beside this one must write to the same folder.
-    first = ENVIRONMENT_KEY not in os.environ
+    folder = RunFolder.for_recipe(recipe, rank)
+    # The processes that are started beside this one must write to the same folder.
     os.environ[ENVIRONMENT_KEY] = str(folder.path)
+    others: list[Any] = []
     try:
-        if first:
+        if rank == 0:
             folder.begin(recipe, ["python", "-m", "trainers.fit", *argv])
+        others = processes.start_others(recipe, _lost)
         console.print(f"{recipe.method} for {recipe.backbone.name}, run folder {folder.path}", highlight=False)
         task = training.build_task(recipe)
         trainer = training.train(task, folder, console)
+        training.export(task, trainer, folder.adapter)
         if trainer.is_global_zero:
-            _finish(task, recipe, folder)
+            processes.wait_for(others)
+            _finish(recipe, folder)
             console.print(f"adapter and report are in {folder.path}", highlight=False)
         return 0
     except NonFiniteLoss as error:
-        return _stopped(folder, str(error), 3)
+        return _stopped(folder, str(error), 3, rank)
     except Interrupted as error:
-        return _stopped(folder, str(error), 128 + error.signum)
+        return _stopped(folder, str(error), 128 + error.signum, rank)
     except KeyboardInterrupt:
-        return _stopped(folder, "interrupted", 130)
+        return _stopped(folder, "interrupted", 130, rank)
     except (ValueError, OSError) as error:
-        return _stopped(folder, " ".join(str(error).split()), 1)
+        return _stopped(folder, " ".join(str(error).split()), 1, rank)
     finally:
         signal.signal(signal.SIGTERM, before)
-        if first:
+        processes.wait_for(others, seconds=processes.GRACE_SECONDS)
+        if others:
+            processes.forget_world()
+        if rank == 0:
             os.environ.pop(ENVIRONMENT_KEY, None)
             folder.discard_if_empty()
 
 
-def _finish(task: FrozenBackboneTask, recipe: RecipeBase, folder: RunFolder) -> None:
-    """Export the adapter and, unless the recipe says otherwise, measure it."""
-    task.export_adapter(folder.adapter)
+def _lost(reason: str) -> None:
+    """End this process, which may wait for ever inside a collective that the lost one will never join."""
+    print(f"error: {reason}; continue from the last checkpoint with resume=RUN_FOLDER", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def _finish(recipe: RecipeBase, folder: RunFolder) -> None:
+    """Measure the adapter, unless the recipe says otherwise."""
     if not recipe.evaluate:
         return
     from trainers import evaluate
@@ -147,8 +158,10 @@ def _finish(task: FrozenBackboneTask, recipe: RecipeBase, folder: RunFolder) -> 
     evaluate.run(settings)
 
 
-def _stopped(folder: RunFolder, reason: str, code: int) -> int:
-    """One sentence about why a run ended early and how it goes on."""
+def _stopped(folder: RunFolder, reason: str, code: int, rank: int) -> int:
+    """One sentence, from one rank, about why a run ended early and how it goes on."""
+    if rank:
+        return code
     checkpoint = folder.latest_checkpoint()
     kept = f"{checkpoint} is kept, continue with resume={folder.path}" if checkpoint else "there is no checkpoint yet"
     print(f"error: {reason}; {kept}", file=sys.stderr)
