@@ -120,7 +120,7 @@ class FrozenBackboneTask(LightningModule):
         return list(max(lists, key=len, default=()))
 
     def runs_past_hooks(self) -> Sequence[nn.Module]:
-        """Units whose `forward` the method calls directly; `fsdp` keeps them whole while the backbone runs."""
+        """Units that are not entered by calling them; `fsdp` keeps them whole while the backbone runs."""
         return ()
 
     def export_adapter(self, folder: Path) -> None:

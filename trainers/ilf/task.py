@@ -152,8 +152,9 @@ class ILFTask(FrozenBackboneTask):
         return ILFConfig(**entry)
 
     def runs_past_hooks(self) -> Sequence[nn.Module]:
-        """The span, whose second pass goes around what others hooked to it."""
-        return self.loop.span
+        """The span, whose second pass goes around what others hooked to it; and the first block, whose time embedding
+        diffusers' DiT calls from outside the block."""
+        return [block_stack(self.running.transformer).blocks[0], *self.loop.span]
 
     @contextmanager
     def sampling(self) -> Iterator[ILFHandle]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 if TYPE_CHECKING:
@@ -49,11 +49,4 @@ class ShardedBackboneDDP(BackboneDDP):
         for block in task.sharded_units():
             if block not in whole:
                 fully_shard(block)
-        fully_shard(task.backbone)
-
-    def teardown(self) -> None:
-        """What is whole at the moment cannot be moved, and Lightning moves everything to the CPU."""
-        for part in cast(nn.Module, self.lightning_module).modules():
-            if isinstance(part, FSDPModule):
-                part.reshard()
-        super().teardown()
+        fully_shard(task.backbone, reshard_after_forward=True)
