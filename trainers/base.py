@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
-from data.stepped import StepOrder, derive_seed, stepped_loader
+from data.stepped import StepOrder, derive_seed, step_generator, stepped_loader
 from trainers.config import RecipeBase
 from trainers.recipes import to_yaml
 from trainers.run_folder import code_version, versions
@@ -172,6 +172,14 @@ class FrozenBackboneTask(LightningModule):
         )
         start = self.global_step * self.recipe.trainer.accumulate_grad_batches if attached else 0
         return stepped_loader(fetch, self.order, start, self.recipe.trainer.num_workers)
+
+    def draw_together(self, count: int, what: str) -> int:
+        """A number in 0..count-1 for this batch, the same on every rank; `what` tells draws of one batch apart.
+
+        For what decides how often the backbone runs: ranks that hold parts of it must run it equally often.
+        """
+        generator = step_generator(self.recipe.seed, what, self.batch_number)
+        return int(torch.randint(count, (), generator=generator))
 
     def note(self, **values: Tensor) -> None:
         """Remember scalars for the metrics; the mean since the last line is written.  Costs one addition, no sync."""

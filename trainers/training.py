@@ -70,8 +70,17 @@ def _quieten() -> None:
     """Lightning's advice and the notices about what we do on purpose."""
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    for message in (".*in eval mode at the start of training", ".*does not have many workers", ".*no .?len.*"):
+    expected = (
+        ".*in eval mode at the start of training",
+        ".*does not have many workers",
+        ".*no .?len.*",
+        ".*`srun` command is available.*",
+        ".*isinstance\\(treespec, LeafSpec\\).*",
+    )
+    for message in expected:
         warnings.filterwarnings("ignore", message)
+    # DeepSpeed calls collectives by names that torch deprecates, many times a step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
 
 def train(task: FrozenBackboneTask, folder: RunFolder, console: Console | None = None) -> Trainer:

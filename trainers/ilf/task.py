@@ -101,7 +101,7 @@ class ILFTask(FrozenBackboneTask):
 
     def _rollout_loss(self, rollout: Rollout, index: Tensor) -> Tensor:
         unroll = min(self.settings.objective.unroll or rollout.steps, rollout.steps)
-        start = int(torch.randint(0, rollout.steps - unroll + 1, ()))
+        start = self.draw_together(rollout.steps - unroll + 1, "first step")
         weights = torch.tensor(self._weights, device=index.device)
         loss, errors = rollout.loss(self.learned, self.loop, index, start, unroll, weights)
         self.note(loss=loss, final_mse=errors[-1], **self._strength())
@@ -113,7 +113,7 @@ class ILFTask(FrozenBackboneTask):
         dropped = torch.rand(len(index), device=clean.device) < self.settings.data.drop_condition
         conditions, noise = conditions.drop(dropped), torch.randn_like(clean)
         looping = [i for i, loops in enumerate(config.feedback) if loops]
-        step = looping[int(torch.randint(0, len(looping), ()))]
+        step = looping[self.draw_together(len(looping), "step")]
         guidance = config.guidance if objective.guided else 1.0
         if objective.target == "fad":
             timestep = int(torch.randint(1, len(self.noise.alphas), ()))
