@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from trainers import recipes
 from trainers.config import EvaluateConfig, RecipeBase
+from trainers.failures import explain
+from trainers.processes import Processes, rank
 from trainers.run_folder import ENVIRONMENT_KEY, RunFolder
 from trainers.settings import ConfigError, help_text
 
@@ -28,7 +31,10 @@ OPTIONS = ("--help", "--list", "--print", "--dry-run")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code (2: refused, 3: non-finite loss, 128 + signal: interrupted)."""
+    """Run the command; returns its exit code.
+
+    1: failed, 2: refused, 3: a loss was not finite, 4: another process of the run was lost, 128 + signal: interrupted.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         line = recipes.read_command_line(argv, OPTIONS)
@@ -86,7 +92,6 @@ def _fit(recipe: RecipeBase, argv: Sequence[str], dry_run: bool) -> int:
 
     # The first import of torch on this path: everything above has been checked.
     from trainers import training
-    from trainers.base import NonFiniteLoss
     from trainers.callbacks import Interrupted
 
     console = Console()
@@ -101,32 +106,33 @@ def _fit(recipe: RecipeBase, argv: Sequence[str], dry_run: bool) -> int:
     # While no step is running (loading, exporting, evaluating) there is nothing to finish first.
     before = signal.signal(signal.SIGTERM, terminated)
     folder = RunFolder.for_recipe(recipe)
+    number = rank(recipe.trainer.devices if isinstance(recipe.trainer.devices, int) else 1)
     # Processes that Lightning starts beside this one must write to the same folder.
     first = ENVIRONMENT_KEY not in os.environ
     os.environ[ENVIRONMENT_KEY] = str(folder.path)
     try:
-        if first:
-            folder.begin(recipe, ["python", "-m", "trainers.fit", *argv])
-        console.print(f"{recipe.method} for {recipe.backbone.name}, run folder {folder.path}", highlight=False)
-        task = training.build_task(recipe)
-        trainer = training.train(task, folder, console)
-        if trainer.is_global_zero:
-            _finish(task, recipe, folder)
-            console.print(f"adapter and report are in {folder.path}", highlight=False)
-        return 0
-    except NonFiniteLoss as error:
-        return _stopped(folder, str(error), 3)
-    except Interrupted as error:
-        return _stopped(folder, str(error), 128 + error.signum)
-    except KeyboardInterrupt:
-        return _stopped(folder, "interrupted", 130)
-    except (ValueError, OSError) as error:
-        return _stopped(folder, " ".join(str(error).split()), 1)
+        with Processes(folder.path, number, lambda: _how_it_goes_on(folder)) as processes:
+            try:
+                if number == 0:
+                    folder.begin(recipe, ["python", "-m", "trainers.fit", *argv])
+                console.print(f"{recipe.method} for {recipe.backbone.name}, run folder {folder.path}", highlight=False)
+                task = training.build_task(recipe)
+                trainer = training.train(task, folder, console)
+                processes.done()
+                if trainer.is_global_zero:
+                    _finish(task, recipe, folder)
+                    console.print(f"adapter and report are in {folder.path}", highlight=False)
+                return 0
+            except (Exception, KeyboardInterrupt, SystemExit) as error:
+                failure = explain(error)
+                code = processes.tell(failure, traceback.format_exc())
+                if number == 0 and not recipe.resume and not failure.unexpected:
+                    folder.discard_if_empty()
+                return code
     finally:
         signal.signal(signal.SIGTERM, before)
         if first:
             os.environ.pop(ENVIRONMENT_KEY, None)
-            folder.discard_if_empty()
 
 
 def _finish(task: FrozenBackboneTask, recipe: RecipeBase, folder: RunFolder) -> None:
@@ -147,12 +153,10 @@ def _finish(task: FrozenBackboneTask, recipe: RecipeBase, folder: RunFolder) -> 
     evaluate.run(settings)
 
 
-def _stopped(folder: RunFolder, reason: str, code: int) -> int:
-    """One sentence about why a run ended early and how it goes on."""
+def _how_it_goes_on(folder: RunFolder) -> str:
+    """What a run that ended early leaves, and how to continue it."""
     checkpoint = folder.latest_checkpoint()
-    kept = f"{checkpoint} is kept, continue with resume={folder.path}" if checkpoint else "there is no checkpoint yet"
-    print(f"error: {reason}; {kept}", file=sys.stderr)
-    return code
+    return f"{checkpoint} is kept, continue with resume={folder.path}" if checkpoint else "there is no checkpoint yet"
 
 
 if __name__ == "__main__":
