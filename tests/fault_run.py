@@ -17,6 +17,8 @@ from torch.utils.data import get_worker_info
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from checkpoints.manifest import Manifest, fingerprint  # noqa: E402
+from checkpoints.save import write_adapter  # noqa: E402
 from trainers import fit, training  # noqa: E402
 from trainers.base import FrozenBackboneTask  # noqa: E402
 
@@ -47,8 +49,15 @@ class Tiny(FrozenBackboneTask):
         return 1.0
 
     def export_adapter(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "mean").write_text(str(self.exported["mean"].tolist()))
+        manifest = Manifest(
+            method="ilf",
+            module={},
+            base_model_name_or_path=self.recipe.backbone.name,
+            base_model_fingerprint=fingerprint(self.backbone),
+            base_model_config={},
+            valid_for={},
+        )
+        write_adapter(folder, manifest, {"mean": self.exported["mean"].detach()}, "card")
 
 
 class NaNOnSecond(Tiny):
@@ -88,19 +97,22 @@ class SecondCannotStart(Tiny):
 
 
 class WorkerKilled(Tiny):
+    fetched = 0
+
     def fetch(self, indices: Tensor) -> Tensor:
-        worker = get_worker_info()
-        if worker is not None and worker.id == 1:
-            time.sleep(1)  # the first updates and their checkpoint come first
-            os.kill(os.getpid(), signal.SIGKILL)
+        self.fetched += 1
+        if get_worker_info() is not None and self.fetched == 4:
+            time.sleep(1)  # the updates before it, and their checkpoint, come first
+            self.worker_fault()
         return super().fetch(indices)
 
+    def worker_fault(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
 
-class WorkerRaises(Tiny):
-    def fetch(self, indices: Tensor) -> Tensor:
-        if get_worker_info() is not None and get_worker_info().id == 1:
-            raise ValueError("picture 17 is truncated")
-        return super().fetch(indices)
+
+class WorkerRaises(WorkerKilled):
+    def worker_fault(self) -> None:
+        raise ValueError("picture 17 is truncated")
 
 
 class Wrong(Tiny):

@@ -299,7 +299,9 @@ def test_runs_take_the_first_free_number_and_never_anothers(tmp_path: Path, monk
     mine = RunFolder.for_recipe(named)
     assert mine.path == tmp_path / "ilf_pixart" / "mine"
     (mine.path / ".lock").touch()
-    assert RunFolder.for_recipe(named) == mine, "a run that was killed before its recipe was stored can only begin again"
+    assert RunFolder.for_recipe(named) == mine, (
+        "a run that was killed before its recipe was stored can only begin again"
+    )
     mine.begin(named, [])
     with pytest.raises(ConfigError, match="is another run"):
         RunFolder.for_recipe(named)

@@ -110,8 +110,10 @@ def _fit(recipe: RecipeBase, argv: Sequence[str], dry_run: bool) -> int:
     # Processes that Lightning starts beside this one must write to the same folder.
     first = ENVIRONMENT_KEY not in os.environ
     os.environ[ENVIRONMENT_KEY] = str(folder.path)
+    # What a run that is resumed has, it keeps, however little that is.
+    discard = (lambda: None) if recipe.resume else folder.discard_if_empty
     try:
-        with Processes(folder.path, number, lambda: _how_it_goes_on(folder)) as processes:
+        with Processes(folder.path, number, lambda: _how_it_goes_on(folder), discard) as processes:
             try:
                 if number == 0:
                     folder.begin(recipe, ["python", "-m", "trainers.fit", *argv])
@@ -124,11 +126,7 @@ def _fit(recipe: RecipeBase, argv: Sequence[str], dry_run: bool) -> int:
                     console.print(f"adapter and report are in {folder.path}", highlight=False)
                 return 0
             except (Exception, KeyboardInterrupt, SystemExit) as error:
-                failure = explain(error)
-                code = processes.tell(failure, traceback.format_exc())
-                if number == 0 and not recipe.resume and not failure.unexpected:
-                    folder.discard_if_empty()
-                return code
+                return processes.tell(explain(error), traceback.format_exc())
     finally:
         signal.signal(signal.SIGTERM, before)
         if first:

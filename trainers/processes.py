@@ -25,6 +25,8 @@ GRACE_SECONDS = 10.0
 # How long the reason of a process that failed may take to appear; one that was killed leaves none.
 REASON_SECONDS = 3.0
 TAKE_SECONDS = 1.0
+# Set for the processes that Lightning starts: who started them.
+PARENT_KEY = "AFTERBURNER_PARENT"
 
 
 def rank(devices: int = 1) -> int:
@@ -165,15 +167,18 @@ def _start() -> str:
 class Processes:
     """This process among those of its run, from before training until it ends.
 
-    with Processes(folder, rank(), closing) as processes: ...   refuses a folder that another run is writing to.
+    with Processes(folder, rank(), closing, discard) as processes: ...   refuses a folder that another run is writing to.
     """
 
-    def __init__(self, folder: Path, number: int, closing: Callable[[], str]) -> None:
+    def __init__(
+        self, folder: Path, number: int, closing: Callable[[], str], discard: Callable[[], None] = lambda: None
+    ) -> None:
         """
         Args:
             closing: how the run goes on, for the end of the sentence about why it stopped.
+            discard: clears away a run that could not begin; called by the first process after a failure.
         """
-        self.number, self.closing = number, closing
+        self.number, self.closing, self.discard = number, closing, discard
         self.seats, self.reason = Seats(folder, number), Reason(folder)
         self._children: list[subprocess.Popen[bytes]] = []
         self._ended, self._telling = threading.Event(), threading.Lock()
@@ -182,10 +187,11 @@ class Processes:
 
     def __enter__(self) -> Processes:
         self.seats.take()
+        self._take_over_observing()
+        self._parent = os.environ.get(PARENT_KEY)
+        os.environ[PARENT_KEY] = str(os.getpid())
         if self.number > 0:
-            self._watch(self._first_is_lost())
-        else:
-            self._take_over_observing()
+            self._watch(self._first_is_lost(self._parent))
         return self
 
     def __exit__(
@@ -193,6 +199,8 @@ class Processes:
     ) -> None:
         self.done()
         self._restore()
+        if self._parent is None:
+            del os.environ[PARENT_KEY]
         # Those that wait for this process in an exchange would wait for as long as it lives.
         until = time.monotonic() + (1.0 if self._failed or error else GRACE_SECONDS)
         for child in self._children:
@@ -214,15 +222,24 @@ class Processes:
         with self._telling:
             self.done()
             self._failed = True
-            if failure.severed:
-                if (code := self._told_by_another()) is not None:
-                    return code
-                failure = replace(failure, sentence=self._who_is_lost() or failure.sentence)
-            elif (size := self._size()) > 1:
-                failure = replace(failure, sentence=f"process {self.number} of {size}: {failure.sentence}")
-            if self.reason.claim(failure, trace):
-                print(f"error: {failure.sentence}; {self.closing()}", file=sys.stderr, flush=True)
-            return failure.code
+            code = self._told_by_another() if failure.severed else None
+            if code is None:
+                code = failure.code
+                if self.reason.claim(failure := self._worded(failure), trace):
+                    print(f"error: {failure.sentence}; {self.closing()}", file=sys.stderr, flush=True)
+            if self.number == 0 and not failure.unexpected:
+                self.discard()
+            return code
+
+    def _worded(self, failure: Failure) -> Failure:
+        sentence, size = failure.sentence, self._size()
+        if failure.severed:
+            sentence = self._who_is_lost() or sentence
+        elif size > 1:
+            sentence = f"process {self.number} of {size}: {sentence}"
+        if failure.unexpected:
+            sentence += f" (traceback: {self.reason.path})"
+        return replace(failure, sentence=sentence)
 
     def _told_by_another(self) -> int | None:
         until = time.monotonic() + REASON_SECONDS
@@ -278,8 +295,10 @@ class Processes:
         # 128 + signal: all processes agreed to stop, and this one will stop as well.
         return any(child.poll() and child.returncode < 128 for child in self._children)
 
-    def _first_is_lost(self) -> Callable[[], bool]:
-        seen = False
+    def _first_is_lost(self, parent: str | None) -> Callable[[], bool]:
+        if parent is not None:
+            return lambda: os.getppid() != int(parent)
+        seen = False  # where processes are started side by side, the first may not sit yet
 
         def lost() -> bool:
             nonlocal seen
@@ -301,6 +320,7 @@ class Processes:
         """End this process from a thread: its main thread waits for one that will never answer."""
         code = self.tell(Failure("another process of this run was lost", LOST, severed=True))
         self._kill_children()
+        self.seats.leave()
         sys.stdout.flush()
         os._exit(code)
 
