@@ -28,7 +28,7 @@ from trainers import recipes
 from trainers.callbacks import read_checkpoint
 from trainers.run_folder import RunFolder
 
-STEPS = 24
+STEPS = 16
 RUN = [
     "recipe=ilf_dit", "evaluate=false", f"trainer.max_steps={STEPS}", "trainer.save_every=1", "trainer.log_every=1",
     "trainer.sample_every=0", "trainer.accelerator=cpu", "data.trajectories=8", "data.holdout=0", "data.batch_size=1",

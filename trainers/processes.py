@@ -167,7 +167,7 @@ def _start() -> str:
 class Processes:
     """This process among those of its run, from before training until it ends.
 
-    with Processes(folder, rank(), closing, discard) as processes: ...   refuses a folder that another run is writing to.
+    Entering `with Processes(...) as processes:` refuses a folder that another run is writing to.
     """
 
     def __init__(
