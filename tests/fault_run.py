@@ -96,6 +96,13 @@ class SecondCannotStart(Tiny):
         super().__init__(recipe)
 
 
+class SecondIsKilledAtTheStart(Tiny):
+    def __init__(self, recipe) -> None:
+        if os.environ.get("LOCAL_RANK") == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().__init__(recipe)
+
+
 class WorkerKilled(Tiny):
     fetched = 0
 
