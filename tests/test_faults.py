@@ -240,7 +240,7 @@ def test_a_resumed_run_that_cannot_begin_keeps_its_folder(fault, capsys) -> None
 HOLD = """
 import sys, time
 from pathlib import Path
-from trainers.processes import Seats
+from trainers.crew import Seats
 assert Seats(Path(sys.argv[1]), 0).take()
 print("held", flush=True)
 time.sleep(600)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from trainers.crew import REASON_SECONDS, Crew, Reason, Seats
 from trainers.failures import FAILED, LOST, NOT_FINITE
-from trainers.processes import GRACE_SECONDS, Processes, Reason, Seats, rank
 from trainers.run_folder import RunFolder
 
 SCRIPT = Path(__file__).with_name("fault_run.py")
@@ -111,24 +111,10 @@ def test_a_living_run_is_not_resumed_beside_itself(tmp_path: Path) -> None:
         first.communicate()
 
 
-def test_numbers_come_from_whatever_launched_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"):
-        monkeypatch.delenv(name, raising=False)
-    assert rank(4) == 0
-    for name, value, number in [
-        ("SLURM_PROCID", "5", 5),
-        ("LOCAL_RANK", "1", 1),
-        ("NODE_RANK", "2", 9),
-        ("RANK", "7", 7),
-    ]:
-        monkeypatch.setenv(name, value)
-        assert rank(4) == number
-
-
 OTHER = """
 import sys, time
 from pathlib import Path
-from trainers.processes import Seats
+from trainers.crew import Seats
 seats = Seats(Path(sys.argv[1]), 1)
 assert seats.take() and not seats.is_empty(0) and seats.is_empty(2)
 print("sits", flush=True)
@@ -161,10 +147,10 @@ def test_the_first_to_know_tells_and_a_reason_of_an_earlier_start_does_not_count
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("MASTER_PORT", "1")
     severed = Failure("Connection closed by peer", LOST, severed=True)
-    first, second = (Processes(tmp_path, number, lambda: "go on") for number in (0, 1))
+    first, second = (Crew(tmp_path, number, lambda: "go on") for number in (0, 1))
     assert second.tell(Failure("the loss is not finite", NOT_FINITE)) == NOT_FINITE
     began = time.monotonic()
-    assert first.tell(severed) == NOT_FINITE and time.monotonic() - began < GRACE_SECONDS
+    assert first.tell(severed) == NOT_FINITE and time.monotonic() - began < REASON_SECONDS
     assert capsys.readouterr().err == "error: process 1 of 2: the loss is not finite; go on\n"
     monkeypatch.setenv("MASTER_PORT", "2")
     assert Reason(tmp_path).code() is None

@@ -14,32 +14,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 
+from trainers import processes
 from trainers.failures import FAILED, LOST, Failure
 from trainers.settings import ConfigError
 
-POLL_SECONDS = 0.5
-# How long a process has for finding out by itself (its next exchange fails) that another one is gone.
-GRACE_SECONDS = 10.0
 # How long the reason of a process that failed may take to appear; one that was killed leaves none.
 REASON_SECONDS = 3.0
 TAKE_SECONDS = 1.0
-# Set for the processes that Lightning starts: who started them.
-PARENT_KEY = "AFTERBURNER_PARENT"
-
-
-def rank(devices: int = 1) -> int:
-    """This process's number in its run, as whatever launched it says; 0 when nothing did.
-
-    Args:
-        devices: processes per node, for Lightning's own launcher, which gives numbers within a node only.
-    """
-    for key in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):
-        if key in os.environ:
-            before = int(os.environ.get("NODE_RANK", "0")) * devices if key == "LOCAL_RANK" else 0
-            return before + int(os.environ[key])
-    return int(os.environ.get("NODE_RANK", "0")) * devices
 
 
 class Seats:
@@ -164,10 +146,13 @@ def _start() -> str:
     return f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
 
 
-class Processes:
+class Crew:
     """This process among those of its run, from before training until it ends.
 
-    Entering `with Processes(...) as processes:` refuses a folder that another run is writing to.
+    Entering `with Crew(...) as crew:` refuses a folder that another run is writing to.
+
+    Attributes:
+        others: the processes that this one has started.  failed: whether this process has told, or knows, why it ends.
     """
 
     def __init__(
@@ -175,43 +160,37 @@ class Processes:
     ) -> None:
         """
         Args:
+            number: the process's, in the run.
             closing: how the run goes on, for the end of the sentence about why it stopped.
             discard: clears away a run that could not begin; called by the first process after a failure.
         """
         self.number, self.closing, self.discard = number, closing, discard
-        self.seats, self.reason = Seats(folder, number), Reason(folder)
-        self._children: list[subprocess.Popen[bytes]] = []
+        self.others: list[subprocess.Popen[bytes]] = []
+        self.failed = False
+        self._seats, self._reason = Seats(folder, number), Reason(folder)
         self._ended, self._telling = threading.Event(), threading.Lock()
-        self._failed = False
-        self._restore: Callable[[], None] = lambda: None
 
-    def __enter__(self) -> Processes:
-        self.seats.take()
-        self._take_over_observing()
-        self._parent = os.environ.get(PARENT_KEY)
-        os.environ[PARENT_KEY] = str(os.getpid())
-        if self.number > 0:
-            self._watch(self._first_is_lost(self._parent))
+    def __enter__(self) -> Crew:
+        self._seats.take()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.done()
-        self._restore()
-        if self._parent is None:
-            del os.environ[PARENT_KEY]
-        # Those that wait for this process in an exchange would wait for as long as it lives.
-        until = time.monotonic() + (1.0 if self._failed or error else GRACE_SECONDS)
-        for child in self._children:
-            with suppress(subprocess.TimeoutExpired):
-                child.wait(max(0.0, until - time.monotonic()))
-        self._kill_children()
-        self.seats.leave()
+        self._seats.leave()
 
     def done(self) -> None:
         """Training is over: the others may end when they like."""
         self._ended.set()
+
+    def lost(self, reason: str) -> None:
+        """End this process from a thread: its main one waits, inside a library, for one that will never answer."""
+        if self._ended.is_set():
+            return
+        code = self.tell(Failure(reason, LOST, severed=True))
+        processes.wait_for(self.others, seconds=0)
+        self._seats.leave()
+        sys.stdout.flush()
+        os._exit(code)
 
     def tell(self, failure: Failure, trace: str = "") -> int:
         """Say once for the whole run why it ended, in one line on stderr; returns the exit code of that reason.
@@ -221,11 +200,11 @@ class Processes:
         """
         with self._telling:
             self.done()
-            self._failed = True
+            self.failed = True
             code = self._told_by_another() if failure.severed else None
             if code is None:
                 code = failure.code
-                if self.reason.claim(failure := self._worded(failure), trace):
+                if self._reason.claim(failure := self._worded(failure), trace):
                     print(f"error: {failure.sentence}; {self.closing()}", file=sys.stderr, flush=True)
             if self.number == 0 and not failure.unexpected:
                 self.discard()
@@ -238,14 +217,14 @@ class Processes:
         elif size > 1:
             sentence = f"process {self.number} of {size}: {sentence}"
         if failure.unexpected:
-            sentence += f" (traceback: {self.reason.path})"
+            sentence += f" (traceback: {self._reason.path})"
         return replace(failure, sentence=sentence)
 
     def _told_by_another(self) -> int | None:
         until = time.monotonic() + REASON_SECONDS
-        while (code := self.reason.code()) is None and time.monotonic() < until:
+        while (code := self._reason.code()) is None and time.monotonic() < until:
             if self._lost_numbers():  # it would have told before it ended
-                return self.reason.code()
+                return self._reason.code()
             time.sleep(0.05)
         return code
 
@@ -254,78 +233,21 @@ class Processes:
 
         if distributed.is_available() and distributed.is_initialized():
             return distributed.get_world_size()
-        return max(int(os.environ.get("WORLD_SIZE", "1")), 1 + len(self._children))
+        return max(int(os.environ.get("WORLD_SIZE", "1")), 1 + len(self.others))
 
     def _lost_numbers(self) -> list[int]:
-        dead = {n for n, child in enumerate(self._children, self.number + 1) if child.poll() is not None}
+        dead = {n for n, child in enumerate(self.others, self.number + 1) if child.poll() is not None}
         others = set(range(self._size())) - {self.number}
-        return sorted(dead | {number for number in others if self.seats.is_empty(number)})
+        return sorted(dead | {number for number in others if self._seats.is_empty(number)})
 
     def _who_is_lost(self) -> str | None:
         if not (lost := self._lost_numbers()):
             return None
         signals = {
             n: signal.Signals(-child.returncode).name
-            for n, child in enumerate(self._children, self.number + 1)
+            for n, child in enumerate(self.others, self.number + 1)
             if (child.poll() or 0) < 0
         }
         by = f"killed by {signals[lost[0]]}" if lost[0] in signals else "killed"
         named = f"process {lost[0]}" if len(lost) == 1 else f"processes {', '.join(map(str, lost))}"
         return f"{named} of {self._size()} ended without a word ({by}, or out of memory)"
-
-    # Watching, for a main thread that waits inside a library and cannot be told.
-
-    def _take_over_observing(self) -> None:
-        # Lightning's observer kills this process without a word, up to five seconds after a child has failed.
-        from lightning.pytorch.strategies.launchers import subprocess_script
-
-        theirs = subprocess_script._launch_process_observer
-
-        def restore() -> None:
-            subprocess_script._launch_process_observer = theirs
-
-        def observe(children: list[subprocess.Popen[bytes]]) -> None:
-            self._children = children
-            self._watch(self._a_child_is_lost)
-
-        subprocess_script._launch_process_observer = observe
-        self._restore = restore
-
-    def _a_child_is_lost(self) -> bool:
-        # 128 + signal: all processes agreed to stop, and this one will stop as well.
-        return any(child.poll() and child.returncode < 128 for child in self._children)
-
-    def _first_is_lost(self, parent: str | None) -> Callable[[], bool]:
-        if parent is not None:
-            return lambda: os.getppid() != int(parent)
-        seen = False  # where processes are started side by side, the first may not sit yet
-
-        def lost() -> bool:
-            nonlocal seen
-            empty = self.seats.take() and self.seats.is_empty(0)
-            seen = seen or not empty
-            return seen and empty
-
-        return lost
-
-    def _watch(self, lost: Callable[[], bool]) -> None:
-        def watch() -> None:
-            while not self._ended.wait(POLL_SECONDS):
-                if lost() and not self._ended.wait(GRACE_SECONDS):
-                    self._end_from_here()
-
-        threading.Thread(target=watch, daemon=True, name="watch-processes").start()
-
-    def _end_from_here(self) -> None:
-        """End this process from a thread: its main thread waits for one that will never answer."""
-        code = self.tell(Failure("another process of this run was lost", LOST, severed=True))
-        self._kill_children()
-        self.seats.leave()
-        sys.stdout.flush()
-        os._exit(code)
-
-    def _kill_children(self) -> None:
-        for child in self._children:
-            if child.poll() is None:
-                child.kill()
-                child.wait()

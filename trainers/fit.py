@@ -7,17 +7,17 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from trainers import recipes
+from trainers import processes, recipes
 from trainers.config import EvaluateConfig, RecipeBase
-from trainers.failures import explain
-from trainers.processes import Processes, rank
+from trainers.crew import Crew
+from trainers.failures import LOST, explain
 from trainers.run_folder import ENVIRONMENT_KEY, RunFolder
 from trainers.settings import ConfigError, help_text
 
 if TYPE_CHECKING:
-    from trainers.base import FrozenBackboneTask
+    from rich.console import Console
 
 USAGE = """usage: python -m trainers.fit recipe=NAME [key=value ...]   train, export, evaluate
        python -m trainers.fit resume=outputs/RECIPE/RUN [trainer.max_steps=N]   continue a run
@@ -94,48 +94,75 @@ def _fit(recipe: RecipeBase, argv: Sequence[str], dry_run: bool) -> int:
     from trainers import training
     from trainers.callbacks import Interrupted
 
-    console = Console()
+    rank = processes.rank(recipe)
+    console = Console(quiet=rank > 0)
     if dry_run:
-        training.dry_run(recipe, console)
-        console.print(f"{recipe.recipe}: built, trained one update, exported and loaded again; nothing was kept")
-        return 0
+        return _dry_run(recipe, console)
 
     def terminated(signum: int, frame: object) -> None:
         raise Interrupted(signum, 0)
 
     # While no step is running (loading, exporting, evaluating) there is nothing to finish first.
     before = signal.signal(signal.SIGTERM, terminated)
-    folder = RunFolder.for_recipe(recipe)
-    number = rank(recipe.trainer.devices if isinstance(recipe.trainer.devices, int) else 1)
-    # Processes that Lightning starts beside this one must write to the same folder.
-    first = ENVIRONMENT_KEY not in os.environ
+    folder = RunFolder.for_recipe(recipe, rank)
+    # The processes that are started beside this one must write to the same folder.
     os.environ[ENVIRONMENT_KEY] = str(folder.path)
+    others: list[Any] = []
     # What a run that is resumed has, it keeps, however little that is.
     discard = (lambda: None) if recipe.resume else folder.discard_if_empty
     try:
-        with Processes(folder.path, number, lambda: _how_it_goes_on(folder), discard) as processes:
+        with Crew(folder.path, rank, lambda: _how_it_goes_on(folder), discard) as crew:
             try:
-                if number == 0:
+                if rank == 0:
                     folder.begin(recipe, ["python", "-m", "trainers.fit", *argv])
+                others = crew.others = processes.start_others(recipe, crew.lost)
                 console.print(f"{recipe.method} for {recipe.backbone.name}, run folder {folder.path}", highlight=False)
                 task = training.build_task(recipe)
                 trainer = training.train(task, folder, console)
-                processes.done()
+                training.export(task, trainer, folder.adapter)
+                crew.done()
                 if trainer.is_global_zero:
-                    _finish(task, recipe, folder)
+                    processes.wait_for(others)
+                    _finish(recipe, folder)
                     console.print(f"adapter and report are in {folder.path}", highlight=False)
                 return 0
             except (Exception, KeyboardInterrupt, SystemExit) as error:
-                return processes.tell(explain(error), traceback.format_exc())
+                return crew.tell(explain(error), traceback.format_exc())
+            finally:
+                # After a failure they may wait for this process in an exchange, for as long as it lives.
+                processes.wait_for(others, seconds=1.0 if crew.failed else processes.GRACE_SECONDS)
     finally:
         signal.signal(signal.SIGTERM, before)
-        if first:
+        if others:
+            processes.forget_world()
+        if rank == 0:
             os.environ.pop(ENVIRONMENT_KEY, None)
 
 
-def _finish(task: FrozenBackboneTask, recipe: RecipeBase, folder: RunFolder) -> None:
-    """Export the adapter and, unless the recipe says otherwise, measure it."""
-    task.export_adapter(folder.adapter)
+def _dry_run(recipe: RecipeBase, console: Console) -> int:
+    from trainers import training
+
+    def lost(reason: str) -> None:
+        """End this process, which may wait for ever inside a collective that the lost one will never join."""
+        print(f"error: {reason}; nothing was kept", file=sys.stderr, flush=True)
+        os._exit(LOST)
+
+    others = processes.start_others(recipe, lost)
+    try:
+        training.dry_run(recipe, console)
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
+        failure = explain(error)
+        if failure.unexpected:
+            raise
+        print(f"error: {failure.sentence}; nothing was kept", file=sys.stderr)
+        return failure.code
+    processes.wait_for(others)
+    console.print(f"{recipe.recipe}: built, trained one update, exported and loaded again; nothing was kept")
+    return 0
+
+
+def _finish(recipe: RecipeBase, folder: RunFolder) -> None:
+    """Measure the adapter, unless the recipe says otherwise."""
     if not recipe.evaluate:
         return
     from trainers import evaluate
