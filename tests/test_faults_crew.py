@@ -54,7 +54,7 @@ def ended(process: subprocess.Popen[str], seconds: float = 240) -> tuple[int, st
 
 
 CASES = {
-    "NaNOnSecond": (NOT_FINITE, "process 1 of 2: the loss is not finite at step 3, batch 3 (samples "),
+    "NaNOnSecond": (NOT_FINITE, "error: the loss is not finite at step 3, batch 3 of rank 1 (samples "),
     "KillSecond": (LOST, "process 1 of 2 ended without a word (killed by SIGKILL, or out of memory)"),
     "KillFirst": (-signal.SIGKILL, "process 0 of 2 ended without a word (killed, or out of memory)"),
     "KillSecondWhileFirstIsBusy": (LOST, "process 1 of 2 ended without a word (killed by SIGKILL, or out of memory)"),
@@ -148,10 +148,10 @@ def test_the_first_to_know_tells_and_a_reason_of_an_earlier_start_does_not_count
     monkeypatch.setenv("MASTER_PORT", "1")
     severed = Failure("Connection closed by peer", LOST, severed=True)
     first, second = (Crew(tmp_path, number, lambda: "go on") for number in (0, 1))
-    assert second.tell(Failure("the loss is not finite", NOT_FINITE)) == NOT_FINITE
+    assert second.tell(Failure("memory ran out", 9)) == 9
     began = time.monotonic()
-    assert first.tell(severed) == NOT_FINITE and time.monotonic() - began < REASON_SECONDS
-    assert capsys.readouterr().err == "error: process 1 of 2: the loss is not finite; go on\n"
+    assert first.tell(severed) == 9 and time.monotonic() - began < REASON_SECONDS
+    assert capsys.readouterr().err == "error: process 1 of 2: memory ran out; go on\n"
     monkeypatch.setenv("MASTER_PORT", "2")
     assert Reason(tmp_path).code() is None
     assert first.tell(Failure("the disk is full")) == FAILED

@@ -214,7 +214,7 @@ class Crew:
         sentence, size = failure.sentence, self._size()
         if failure.severed:
             sentence = self._who_is_lost() or sentence
-        elif size > 1:
+        elif size > 1 and not failure.common:
             sentence = f"process {self.number} of {size}: {sentence}"
         if failure.unexpected:
             sentence += f" (traceback: {self._reason.path})"

@@ -26,12 +26,14 @@ _LESS_MEMORY = "lower data.batch_size (trainer.accumulate_grad_batches makes up 
 class Failure:
     """Why a run ended.
 
+    common: all processes of the run end for it, at the same step.
     severed: only that another process of the run no longer answers, which has its own reason.
     unexpected: nothing that a user could have caused; the traceback is worth keeping.
     """
 
     sentence: str
     code: int = FAILED
+    common: bool = False
     severed: bool = False
     unexpected: bool = False
 
@@ -62,11 +64,11 @@ def _own(error: BaseException) -> Failure | None:
     """Ends that training itself chose, whatever else went wrong on the way out."""
     name = type(error).__name__
     if name == "NonFiniteLoss":
-        return Failure(str(error), NOT_FINITE)
+        return Failure(str(error), NOT_FINITE, common=True)
     if name == "Interrupted":
-        return Failure(str(error), 128 + error.signum)  # type: ignore[attr-defined]
+        return Failure(str(error), 128 + error.signum, common=True)  # type: ignore[attr-defined]
     if isinstance(error, KeyboardInterrupt):
-        return Failure("interrupted", 128 + signal.SIGINT)
+        return Failure("interrupted", 128 + signal.SIGINT, common=True)
     if isinstance(error, ConfigError):
         return Failure("; ".join(error.problems), REFUSED)
     return None
