@@ -50,10 +50,11 @@ def fault(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 
 
 def sentence(capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line that a run ended with."""
-    told = capsys.readouterr().err.splitlines()
-    assert len(told) == 1 and told[0].startswith("error: "), told
-    return told[0]
+    """The one line that a run ended with; libraries may have warned before it."""
+    told = capsys.readouterr().err
+    errors = [line for line in told.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in told, told
+    return errors[0]
 
 
 def adapter_of(run: Path) -> bytes:
