@@ -53,7 +53,7 @@ def write_adapter(folder: str | Path, manifest: Manifest, tensors: Mapping[str, 
         _replace_folder(target, files)
     except OSError as error:
         size = sum(map(len, files.values()))
-        reason = "no room is left for it there" if error.errno in _FULL else error.strerror or str(error)
+        reason = "the disk is full" if error.errno in _FULL else error.strerror or str(error)
         raise AdapterError(
             f"the adapter ({size:,} bytes) was not written to {target}: {reason}; what was there before is untouched"
         ) from error

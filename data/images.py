@@ -37,7 +37,7 @@ def image_latents(driver: DiffusionDriver, source: str, limit: int, batch_size: 
     pixels = driver.latent_shape[1] * _scale(driver)
     parts, asked = [], []
     for start in range(0, len(rows), batch_size):
-        batch = rows[start : start + batch_size]
+        batch = _decoded(rows, slice(start, min(start + batch_size, len(rows))), source)
         images = torch.stack([_tensor(image, pixels, _channels(driver)) for image in batch["image"]])
         parts.append(driver.latents_of(images.to(driver.device, driver.dtype)).float())
         asked += list(batch[named[0]])
@@ -56,6 +56,23 @@ def _load(source: str) -> Any:
     except Exception as error:  # datasets raises its own classes, OSError, ValueError and more for what cannot be read
         reason = " ".join(str(error).split())
         raise ValueError(f"data.path {source} is no image folder and no data set that can be read: {reason}") from error
+
+
+def _decoded(rows: Any, part: slice, source: str) -> Any:
+    """The columns of some rows; an image that cannot be decoded is named."""
+    try:
+        return rows[part]
+    except (OSError, SyntaxError, ValueError) as error:  # what PIL raises for a damaged file
+        from datasets import Image
+
+        paths = rows.cast_column("image", Image(decode=False))
+        for number in range(part.start, part.stop):
+            try:
+                rows[number]
+            except (OSError, SyntaxError, ValueError) as damaged:
+                name = paths[number]["image"]["path"] or f"image {number}"
+                raise ValueError(f"{name} of data.path {source} cannot be read ({damaged}): replace it") from damaged
+        raise ValueError(f"data.path {source} cannot be read: {error}") from error
 
 
 def _scale(driver: DiffusionDriver) -> int:

@@ -64,7 +64,12 @@ def _inputs(backbone: str, prompts: str | None, seed: int, count: int) -> list[A
 def _from_file(path: Path, seed: int, count: int) -> list[Any]:
     if not path.is_file():
         raise ValueError(f"data.prompts is {path}, and there is no such file: give a text file with one prompt a line")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"data.prompts {path} is no UTF-8 text: byte {error.start} is {error.object[error.start]:#x}"
+        ) from error
     held_out = max(1, len(lines) // 10)
     part = lines[-held_out:] if seed >= _HELD_OUT else lines[:-held_out]
     if not part:

@@ -296,7 +296,13 @@ def test_runs_take_the_first_free_number_and_never_anothers(tmp_path: Path, monk
     [thread.join() for thread in threads]
     assert sorted(path.name for path in found) == [f"{number:03d}" for number in range(8)]
     named = recipe(output_dir=str(tmp_path), run="mine")
-    assert RunFolder.for_recipe(named).path == tmp_path / "ilf_pixart" / "mine"
+    mine = RunFolder.for_recipe(named)
+    assert mine.path == tmp_path / "ilf_pixart" / "mine"
+    (mine.path / ".lock").touch()
+    assert RunFolder.for_recipe(named) == mine, (
+        "a run that was killed before its recipe was stored can only begin again"
+    )
+    mine.begin(named, [])
     with pytest.raises(ConfigError, match="is another run"):
         RunFolder.for_recipe(named)
 

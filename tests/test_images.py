@@ -99,3 +99,13 @@ def test_a_table_without_images_is_refused(tmp_path: Path) -> None:
     (tmp_path / "table").mkdir()
     datasets.Dataset.from_dict({"text": ["a", "b"]}).to_parquet(str(tmp_path / "table" / "part.parquet"))
     assert "has the columns text but needs one named image" in refusal(tiny_driver("pixart"), tmp_path / "table")
+
+
+@pytest.mark.parametrize("damage", ["image", "metadata"])
+def test_a_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
+    folder = write(tmp_path / "set", pictures(), text=["a"] * COUNT)
+    path = folder / {"image": "3.png", "metadata": "metadata.jsonl"}[damage]
+    path.write_bytes(path.read_bytes()[:-60])
+    with pytest.raises(ValueError, match=rf"{'3.png of ' if damage == 'image' else ''}data.path .*set") as caught:
+        image_latents(tiny_driver("pixart"), str(folder), COUNT, 2)
+    assert "\n" not in str(caught.value)

@@ -5,13 +5,19 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainers import processes, recipes
 from trainers.config import EvaluateConfig, RecipeBase
+from trainers.crew import Crew
+from trainers.failures import LOST, explain
 from trainers.run_folder import ENVIRONMENT_KEY, RunFolder
 from trainers.settings import ConfigError, help_text
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 USAGE = """usage: python -m trainers.fit recipe=NAME [key=value ...]   train, export, evaluate
        python -m trainers.fit resume=outputs/RECIPE/RUN [trainer.max_steps=N]   continue a run
@@ -25,7 +31,10 @@ OPTIONS = ("--help", "--list", "--print", "--dry-run")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code (2: refused, 3: non-finite loss, 128 + signal: interrupted)."""
+    """Run the command; returns its exit code.
+
+    1: failed, 2: refused, 3: a loss was not finite, 4: another process of the run was lost, 128 + signal: interrupted.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         line = recipes.read_command_line(argv, OPTIONS)
@@ -83,17 +92,12 @@ def _fit(recipe: RecipeBase, argv: Sequence[str], dry_run: bool) -> int:
 
     # The first import of torch on this path: everything above has been checked.
     from trainers import training
-    from trainers.base import NonFiniteLoss
     from trainers.callbacks import Interrupted
 
     rank = processes.rank(recipe)
     console = Console(quiet=rank > 0)
     if dry_run:
-        others = processes.start_others(recipe, _lost)
-        training.dry_run(recipe, console)
-        processes.wait_for(others)
-        console.print(f"{recipe.recipe}: built, trained one update, exported and loaded again; nothing was kept")
-        return 0
+        return _dry_run(recipe, console)
 
     def terminated(signum: int, frame: object) -> None:
         raise Interrupted(signum, 0)
@@ -104,41 +108,57 @@ def _fit(recipe: RecipeBase, argv: Sequence[str], dry_run: bool) -> int:
     # The processes that are started beside this one must write to the same folder.
     os.environ[ENVIRONMENT_KEY] = str(folder.path)
     others: list[Any] = []
+    # What a run that is resumed has, it keeps, however little that is.
+    discard = (lambda: None) if recipe.resume else folder.discard_if_empty
     try:
-        if rank == 0:
-            folder.begin(recipe, ["python", "-m", "trainers.fit", *argv])
-        others = processes.start_others(recipe, _lost)
-        console.print(f"{recipe.method} for {recipe.backbone.name}, run folder {folder.path}", highlight=False)
-        task = training.build_task(recipe)
-        trainer = training.train(task, folder, console)
-        training.export(task, trainer, folder.adapter)
-        if trainer.is_global_zero:
-            processes.wait_for(others)
-            _finish(recipe, folder)
-            console.print(f"adapter and report are in {folder.path}", highlight=False)
-        return 0
-    except NonFiniteLoss as error:
-        return _stopped(folder, str(error), 3, rank)
-    except Interrupted as error:
-        return _stopped(folder, str(error), 128 + error.signum, rank)
-    except KeyboardInterrupt:
-        return _stopped(folder, "interrupted", 130, rank)
-    except (ValueError, OSError) as error:
-        return _stopped(folder, " ".join(str(error).split()), 1, rank)
+        with Crew(folder.path, rank, lambda: _how_it_goes_on(folder), discard) as crew:
+            try:
+                if rank == 0:
+                    folder.begin(recipe, ["python", "-m", "trainers.fit", *argv])
+                others = crew.others = processes.start_others(recipe, crew.lost)
+                console.print(f"{recipe.method} for {recipe.backbone.name}, run folder {folder.path}", highlight=False)
+                task = training.build_task(recipe)
+                trainer = training.train(task, folder, console)
+                training.export(task, trainer, folder.adapter)
+                crew.done()
+                if trainer.is_global_zero:
+                    processes.wait_for(others)
+                    _finish(recipe, folder)
+                    console.print(f"adapter and report are in {folder.path}", highlight=False)
+                return 0
+            except (Exception, KeyboardInterrupt, SystemExit) as error:
+                return crew.tell(explain(error), traceback.format_exc())
+            finally:
+                # After a failure they may wait for this process in an exchange, for as long as it lives.
+                processes.wait_for(others, seconds=1.0 if crew.failed else processes.GRACE_SECONDS)
     finally:
         signal.signal(signal.SIGTERM, before)
-        processes.wait_for(others, seconds=processes.GRACE_SECONDS)
         if others:
             processes.forget_world()
         if rank == 0:
             os.environ.pop(ENVIRONMENT_KEY, None)
-            folder.discard_if_empty()
 
 
-def _lost(reason: str) -> None:
-    """End this process, which may wait for ever inside a collective that the lost one will never join."""
-    print(f"error: {reason}; continue from the last checkpoint with resume=RUN_FOLDER", file=sys.stderr, flush=True)
-    os._exit(1)
+def _dry_run(recipe: RecipeBase, console: Console) -> int:
+    from trainers import training
+
+    def lost(reason: str) -> None:
+        """End this process, which may wait for ever inside a collective that the lost one will never join."""
+        print(f"error: {reason}; nothing was kept", file=sys.stderr, flush=True)
+        os._exit(LOST)
+
+    others = processes.start_others(recipe, lost)
+    try:
+        training.dry_run(recipe, console)
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
+        failure = explain(error)
+        if failure.unexpected:
+            raise
+        print(f"error: {failure.sentence}; nothing was kept", file=sys.stderr)
+        return failure.code
+    processes.wait_for(others)
+    console.print(f"{recipe.recipe}: built, trained one update, exported and loaded again; nothing was kept")
+    return 0
 
 
 def _finish(recipe: RecipeBase, folder: RunFolder) -> None:
@@ -158,14 +178,10 @@ def _finish(recipe: RecipeBase, folder: RunFolder) -> None:
     evaluate.run(settings)
 
 
-def _stopped(folder: RunFolder, reason: str, code: int, rank: int) -> int:
-    """One sentence, from one rank, about why a run ended early and how it goes on."""
-    if rank:
-        return code
+def _how_it_goes_on(folder: RunFolder) -> str:
+    """What a run that ended early leaves, and how to continue it."""
     checkpoint = folder.latest_checkpoint()
-    kept = f"{checkpoint} is kept, continue with resume={folder.path}" if checkpoint else "there is no checkpoint yet"
-    print(f"error: {reason}; {kept}", file=sys.stderr)
-    return code
+    return f"{checkpoint} is kept, continue with resume={folder.path}" if checkpoint else "there is no checkpoint yet"
 
 
 if __name__ == "__main__":

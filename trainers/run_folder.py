@@ -35,11 +35,15 @@ def atomic_write(path: Path, content: bytes | str | Callable[[IO[bytes]], Any]) 
 
     Args:
         content: bytes, text (UTF-8), or a function that writes to the open file it is given.
+    Raises:
+        OSError: naming `path`, when there is no room, say.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    temporary: Path | None = None
     try:
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        temporary = Path(name)
         with os.fdopen(descriptor, "wb") as file:
             if callable(content):
                 content(file)
@@ -47,10 +51,15 @@ def atomic_write(path: Path, content: bytes | str | Callable[[IO[bytes]], Any]) 
                 file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        # torch puts a RuntimeError of its own on top of what the system said.
+        said = error.__context__ if isinstance(error, RuntimeError) else error
+        if isinstance(said, OSError) and said.errno is not None:
+            raise OSError(said.errno, said.strerror, str(path)) from error
         raise
     _sync_folder(path.parent)
 
@@ -136,6 +145,9 @@ class RunFolder:
         try:
             folder.mkdir(parents=True, exist_ok=requeued)
         except FileExistsError:
+            # A run that was killed before it had stored its recipe cannot be resumed, only begun again.
+            if all(path.name.startswith(".") for path in folder.iterdir()):
+                return cls(folder)
             raise ConfigError(
                 [f"{folder} is another run: continue it with resume={folder}, or choose another name with run=NAME"]
             ) from None
@@ -145,7 +157,7 @@ class RunFolder:
 
     def begin(self, recipe: RecipeBase, argv: Sequence[str]) -> None:
         """Store the resolved recipe and where the run comes from; remove what a killed run left half written."""
-        for leftover in [*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")]:
+        for leftover in [*self.path.rglob(".*.tmp"), *self.path.glob("failure.txt")]:
             leftover.unlink(missing_ok=True)
         atomic_write(self.config, to_yaml(recipe.model_copy(update={"resume": None})))
         record = provenance(argv) | {"resumed": []}
@@ -161,14 +173,18 @@ class RunFolder:
             with suppress(OSError):  # another run lives there
                 self.path.parent.rmdir()
 
-    def latest_checkpoint(self) -> Path | None:
-        """The complete checkpoint of the highest step, or None."""
+    def saved_checkpoints(self) -> list[Path]:
+        """The complete checkpoints, newest first."""
         found = [
             (int(match[1]), path)
             for path in self.checkpoints.glob("*.ckpt")
             if (match := _CHECKPOINT.fullmatch(path.name))
         ]
-        return max(found)[1] if found else None
+        return [path for _, path in sorted(found, reverse=True)]
+
+    def latest_checkpoint(self) -> Path | None:
+        """The complete checkpoint of the highest step, or None."""
+        return next(iter(self.saved_checkpoints()), None)
 
 
 def checkpoint_name(step: int) -> str:

@@ -17,7 +17,7 @@ from checkpoints.load import load_adapter, read_tensors
 from data.stepped import derive_seed
 from trainers import processes
 from trainers.base import FrozenBackboneTask
-from trainers.callbacks import AtomicCheckpointIO, callbacks_for, print_parameter_table, read_checkpoint
+from trainers.callbacks import AtomicCheckpointIO, callbacks_for, newest_sound, print_parameter_table, read_checkpoint
 from trainers.config import RecipeBase
 from trainers.run_folder import RunFolder
 from trainers.strategies import make_strategy
@@ -84,7 +84,7 @@ def _quieten() -> None:
 
 
 def train(task: FrozenBackboneTask, folder: RunFolder, console: Console | None = None) -> Trainer:
-    """Train from the folder's newest checkpoint, or from the start when there is none.
+    """Train from the folder's newest checkpoint that can be read, or from the start when there is none.
 
     Raises:
         NonFiniteLoss: a loss or weight was not finite; the last good checkpoint is in the folder.
@@ -94,7 +94,7 @@ def train(task: FrozenBackboneTask, folder: RunFolder, console: Console | None =
     trainer = make_trainer(task.recipe, task, folder, console)
     if trainer.is_global_zero:
         print_parameter_table(task, console)
-    trainer.fit(task, ckpt_path=folder.latest_checkpoint(), weights_only=True)
+    trainer.fit(task, ckpt_path=newest_sound(folder, trainer.is_global_zero), weights_only=True)
     return trainer
 
 

@@ -6,7 +6,7 @@ from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 
 from trainers.base import FrozenBackboneTask
-from trainers.callbacks.checkpoints import AtomicCheckpointIO, Checkpoints, Interrupted, read_checkpoint
+from trainers.callbacks.checkpoints import AtomicCheckpointIO, Checkpoints, Interrupted, newest_sound, read_checkpoint
 from trainers.callbacks.metrics import Metrics, memory_bytes
 from trainers.callbacks.samples import SampleGrids, print_parameter_table
 from trainers.run_folder import RunFolder
@@ -19,6 +19,7 @@ __all__ = [
     "SampleGrids",
     "callbacks_for",
     "memory_bytes",
+    "newest_sound",
     "print_parameter_table",
     "read_checkpoint",
 ]

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pickle
 import signal
+import sys
+import zipfile
+import zlib
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -13,7 +16,7 @@ from lightning import LightningModule, Trainer
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
-from trainers.run_folder import atomic_write, checkpoint_name
+from trainers.run_folder import RunFolder, atomic_write, checkpoint_name
 
 _KEPT = 2
 
@@ -54,11 +57,46 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
         ValueError: damaged, or it holds other than tensors and plain values.
     """
     try:
+        # torch.load does not look at the checksums that torch.save wrote: a flipped bit would become a weight.
+        with zipfile.ZipFile(path) as archive:
+            if (damaged := archive.testzip()) is not None:
+                raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
         checkpoint: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True)
         return checkpoint
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{path} is not a checkpoint that can be read ({reason}): use an older one") from None
+
+
+def newest_sound(folder: RunFolder, first: bool) -> Path | None:
+    """The newest checkpoint that can be read, or None when there are none; a damaged one is told and set aside.
+
+    Args:
+        first: this is the run's first process, which does the telling and the renaming.
+    Raises:
+        ValueError: there are checkpoints, and all are damaged.
+    """
+    damaged: list[Path] = []
+    for path in folder.saved_checkpoints():
+        try:
+            read_checkpoint(path)
+        except FileNotFoundError:  # the first process was quicker
+            continue
+        except ValueError as error:
+            last = error
+            damaged.append(path)
+            continue
+        if first:
+            for broken in damaged:
+                broken.rename(broken.with_name(f"{broken.name}.damaged"))
+                print(
+                    f"warning: {broken} is damaged and now has the ending .damaged; going on from {path}",
+                    file=sys.stderr,
+                )
+        return path
+    if damaged:
+        raise ValueError(f"none of the {len(damaged)} checkpoints can be read, start a new run ({last})")
+    return None
 
 
 class Checkpoints(Checkpoint):
