@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
 
 from trainers import recipes
 from trainers.config import EvaluateConfig, RecipeBase
-from trainers.run_folder import ENVIRONMENT_KEY, RunFolder
+from trainers.loggers import check_loggers
+from trainers.run_folder import ENVIRONMENT_KEY, RunFolder, atomic_write
 from trainers.settings import ConfigError, help_text
+from trainers.summary import Stopwatch, build_summary, print_summary
 
 if TYPE_CHECKING:
+    from lightning import Trainer
+    from rich.console import Console
+
     from trainers.base import FrozenBackboneTask
 
 USAGE = """usage: python -m trainers.fit recipe=NAME [key=value ...]   train, export, evaluate
@@ -82,6 +89,8 @@ def _recipe(line: recipes.CommandLine) -> RecipeBase:
 
 
 def _fit(recipe: RecipeBase, argv: Sequence[str], dry_run: bool) -> int:
+    check_loggers(recipe)
+    watch = Stopwatch()
     from rich.console import Console
 
     # The first import of torch on this path: everything above has been checked.
@@ -111,8 +120,7 @@ def _fit(recipe: RecipeBase, argv: Sequence[str], dry_run: bool) -> int:
         task = training.build_task(recipe)
         trainer = training.train(task, folder, console)
         if trainer.is_global_zero:
-            _finish(task, recipe, folder)
-            console.print(f"adapter and report are in {folder.path}", highlight=False)
+            _finish(task, trainer, folder, watch, console)
         return 0
     except NonFiniteLoss as error:
         return _stopped(folder, str(error), 3)
@@ -129,11 +137,29 @@ def _fit(recipe: RecipeBase, argv: Sequence[str], dry_run: bool) -> int:
             folder.discard_if_empty()
 
 
-def _finish(task: FrozenBackboneTask, recipe: RecipeBase, folder: RunFolder) -> None:
-    """Export the adapter and, unless the recipe says otherwise, measure it."""
-    task.export_adapter(folder.adapter)
-    if not recipe.evaluate:
-        return
+def _finish(task: FrozenBackboneTask, trainer: Trainer, folder: RunFolder, watch: Stopwatch, console: Console) -> None:
+    """Export the adapter, measure it unless the recipe says otherwise, and sum the run up."""
+    from trainers.callbacks import Metrics, WandbRun, callback_of
+
+    metrics, run = callback_of(trainer, Metrics), callback_of(trainer, WandbRun)
+    assert metrics is not None
+    watch.lap("start_up")
+    watch.move("start_up", training=metrics.totals.training_s, samples=metrics.totals.paused_s)
+    with run.closing() if run else nullcontext():
+        task.export_adapter(folder.adapter)
+        watch.lap("export")
+        report = _evaluate(task.recipe, folder) if task.recipe.evaluate else None
+        if report:
+            watch.lap("evaluation")
+        summary = build_summary(task, metrics.totals, watch.parts, trainer.world_size, folder)
+        atomic_write(folder.summary, json.dumps(summary, indent=2) + "\n")
+        print_summary(summary, folder, console)
+        if run:
+            run.log_results(report, summary)
+
+
+def _evaluate(recipe: RecipeBase, folder: RunFolder) -> dict[str, Any]:
+    """Measure the exported adapter; returns the report."""
     from trainers import evaluate
 
     settings = EvaluateConfig(
@@ -144,7 +170,7 @@ def _finish(task: FrozenBackboneTask, recipe: RecipeBase, folder: RunFolder) -> 
         output=str(folder.path),
         evaluation=recipe.evaluation,
     )
-    evaluate.run(settings)
+    return evaluate.run(settings)
 
 
 def _stopped(folder: RunFolder, reason: str, code: int) -> int:

@@ -90,7 +90,8 @@ def restore(task: FrozenBackboneTask, checkpoint: Path) -> None:
 
 def dry_run(recipe: RecipeBase, console: Console) -> None:
     """Build everything, one update, write the adapter, load it into the backbone again; leave nothing behind."""
-    recipe = recipe.model_copy(update={"trainer": recipe.trainer.model_copy(update={"max_steps": 1})})
+    trainer = recipe.trainer.model_copy(update={"max_steps": 1, "profile": None})
+    recipe = recipe.model_copy(update={"trainer": trainer, "logger": "none"})
     task = build_task(recipe)
     with tempfile.TemporaryDirectory() as folder:
         run = RunFolder(Path(folder))

@@ -101,7 +101,7 @@ class ILFTask(FrozenBackboneTask):
         start = int(torch.randint(0, rollout.steps - unroll + 1, ()))
         weights = torch.tensor(self._weights, device=index.device)
         loss, errors = rollout.loss(self.learned, self.loop, index, start, unroll, weights)
-        self.note(loss=loss, final_mse=errors[-1], strength=self.learned.loop.scale.abs().mean())
+        self.note(final_mse=errors[-1], strength=self.learned.loop.scale.abs().mean())
         return loss
 
     def _single_step_loss(self, index: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ class ILFTask(FrozenBackboneTask):
         loss = objective.lambda_distill * weight * distilled
         if objective.lambda_denoise:
             loss = loss + objective.lambda_denoise * (predicted - noise).square().mean()
-        self.note(**{"loss": loss, f"loss_step_{step}": distilled, "strength": self.learned.loop.scale.abs().mean()})
+        self.note(**{f"loss_step_{step}": distilled, "strength": self.learned.loop.scale.abs().mean()})
         return loss
 
     # Sampling and export.
