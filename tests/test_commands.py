@@ -102,7 +102,7 @@ class Fake(FrozenBackboneTask):
         return (batch - self.learned["mean"]).square().mean() + (extra() if callable(extra) else extra)
 
     def export_adapter(self, folder: Path) -> None:
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / "mean").write_text(str(self.exported["mean"].tolist()))
 
     def sample_images(self, count: int) -> tuple[Tensor, Tensor]:

@@ -48,6 +48,7 @@ class Profile(Callback):
         update = trainer.global_step + 1
         if self._profiler is not None or not self._first - 1 <= update <= self._last:
             return
+        started = time.perf_counter()
         discarded = 1 if update < self._first else 0
         cuda = [ProfilerActivity.CUDA] if pl_module.device.type == "cuda" else []
         self._profiler = profile(
@@ -55,6 +56,7 @@ class Profile(Callback):
             schedule=schedule(wait=0, warmup=discarded, active=self._last - update + 1 - discarded),
         )
         self._profiler.start()
+        self.metrics.pause(time.perf_counter() - started)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -84,7 +86,7 @@ class Profile(Callback):
             table = operations(profiler, device)
             atomic_write(self.folder / "operations.txt", table)
             updates = f"update {self._last}" if self._first == self._last else f"updates {self._first} to {self._last}"
-            self.metrics.say(f"profile of {updates}: {trace} (open in ui.perfetto.dev or chrome://tracing)\n{table}")
+            self.metrics.say(f"profile of {updates}: {trace} (for ui.perfetto.dev)\n{table}".rstrip())
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """The profiler does not outlive the run."""
@@ -96,11 +98,14 @@ class Profile(Callback):
 def operations(profiler: profile, device: str) -> str:
     """The operations that took longest by themselves, as a table: on the GPU when there is one, else on the CPU."""
     averages = profiler.key_averages()
+    steps = sum(event.cpu_time_total for event in averages if event.key.startswith("ProfilerStep"))
     name = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
-    found = sorted(averages, key=lambda event: getattr(event, name), reverse=True)
-    total = sum(getattr(event, name) for event in found) or 1.0
-    lines = [f"{'self ms':>10}  {'share':>6}  {'calls':>7}  operation on {device}"]
-    for event in found[:_OPERATIONS]:
-        spent = getattr(event, name)
-        lines.append(f"{spent / 1000:10.2f}  {spent / total:6.1%}  {event.count:7}  {event.key[:80]}")
+    spent = {event: getattr(event, name) for event in averages if not event.is_user_annotation}
+    total = sum(spent.values()) or 1.0
+    lines = [
+        f"{total / 1000:.1f} of {steps / 1000:.1f} ms were spent in operations on the {device}",
+        f"{'self ms':>10}  {'share':>6}  {'calls':>7}  operation",
+    ]
+    for event in sorted(spent, key=spent.__getitem__, reverse=True)[:_OPERATIONS]:
+        lines.append(f"{spent[event] / 1000:10.2f}  {spent[event] / total:6.1%}  {event.count:7}  {event.key[:80]}")
     return "\n".join(lines) + "\n"

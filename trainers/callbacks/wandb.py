@@ -7,7 +7,7 @@ import os
 import secrets
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class WandbRun(Callback):
     def __init__(self, recipe: RecipeBase, folder: RunFolder, console: Console | None = None) -> None:
         self.recipe, self.folder, self.console = recipe, folder, console or Console()
         self._run: Any = None
+        self._warned = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Begin, or continue what the folder's id names.
@@ -56,7 +57,7 @@ class WandbRun(Callback):
             why = f" because {reason}" if reason else ""
             told = f"W&B is offline{why}; send it later with: wandb sync {self.folder.wandb}/offline-run-*"
         else:
-            told = f"W&B is {mode}: {run.url}"
+            told = f"W&B is {mode}: {run.url}" if run.url else f"W&B is {mode}"
         self.console.print(told, highlight=False, markup=False, soft_wrap=True)
         return run
 
@@ -144,9 +145,18 @@ class WandbRun(Callback):
         try:
             act(self._run)
         except Exception as error:
-            self._run = None
-            told = " ".join(f"{type(error).__name__}: {error}".split())
-            print(f"warning: W&B logging has ended ({told}); the run goes on without", file=sys.stderr, flush=True)
+            gone = isinstance(error, OSError)  # W&B's own process, to which all goes, does not answer any more
+            if not self._warned:
+                self._warned = True
+                told = " ".join(f"{type(error).__name__}: {error}".split())
+                what = "has ended" if gone else "is incomplete"
+                print(f"warning: W&B logging {what} ({told}); the run goes on", file=sys.stderr, flush=True)
+            if gone:
+                import wandb
+
+                self._run = None
+                with suppress(Exception):  # else W&B tries once more, with a traceback, when this process ends
+                    wandb.teardown(exit_code=1)
 
     # How it ends.
 
