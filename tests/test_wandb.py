@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ def nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     wandb.teardown()
 
 
+@cache
 def records(part: Path) -> list[dict[str, Any]]:
     """What W&B itself reads in a part's folder."""
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(part)]
@@ -69,7 +71,7 @@ def history(*parts: Path) -> dict[int, dict[str, Any]]:
 
 
 def parts_of(run: Path) -> list[Path]:
-    return sorted((run / "wandb").glob("offline-run-*"))
+    return sorted((run.resolve() / "wandb").glob("offline-run-*"))
 
 
 def csv_rows(run: Path) -> dict[int, dict[str, str]]:
@@ -192,7 +194,7 @@ def test_an_online_run_is_sent_and_continued(
             rows.setdefault(row["step"], {}).update(row)
         assert_rows_are_those_of_csv(rows, RUN)
         assert sorted(rows) == [2, 3, 4, 6, 8] and rows[3]["samples"]["path"] in server.files
-        assert [artifact["artifactTypeName"] for artifact in server.artifacts] == ["adapter"] * 2
+        assert [artifact["input"]["artifactTypeName"] for artifact in server.artifacts] == ["adapter"] * 2
 
 
 def test_an_offline_run_can_be_sent_later() -> None:

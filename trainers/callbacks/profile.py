@@ -42,6 +42,7 @@ class Profile(Callback):
         else:  # a run too short to warm up is recorded at its end
             self._first = min(self._seen + _WARM_UP + 1, trainer.max_steps - self.updates + 1)
             self._last = self._first + self.updates - 1
+        self._first, self._last = max(self._first, self._seen + 1), min(self._last, trainer.max_steps)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start with the update before the first, if there is one."""

@@ -136,7 +136,9 @@ class WandbRun(Callback):
 
         artifact = wandb.Artifact(f"adapter-{run.id}", type="adapter")
         with _staged_under(self.folder.wandb):
-            artifact.add_dir(str(self.folder.adapter), skip_cache=True)
+            for path in sorted(path for path in self.folder.adapter.rglob("*") if path.is_file()):
+                name = path.relative_to(self.folder.adapter).as_posix()
+                artifact.add_file(str(path), name=name, skip_cache=True)
         run.log_artifact(artifact)
 
     def _safely(self, act: Callable[[Any], object]) -> None:
