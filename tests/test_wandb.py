@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -177,6 +178,17 @@ def test_only_the_first_rank_has_a_run() -> None:
     assert not Path("outputs").exists()
 
 
+def test_a_killed_run_loses_no_more_than_its_last_second() -> None:
+    """The folder is read while the run is open, as if it had been killed now."""
+    RUN.mkdir(parents=True)
+    run = WandbRun(recipes.compose_recipe("ilf_pixart", {"wandb.mode": "offline"}), RunFolder(RUN))
+    run.setup(training_stub(), None, "fit")
+    run.log_row({"step": 1, "loss": 1.5})
+    time.sleep(3)
+    assert history(*parts_of(RUN))[1]["loss"] == 1.5
+    run.finish()
+
+
 def test_an_online_run_is_sent_and_continued(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -195,6 +207,47 @@ def test_an_online_run_is_sent_and_continued(
         assert_rows_are_those_of_csv(rows, RUN)
         assert sorted(rows) == [2, 3, 4, 6, 8] and rows[3]["samples"]["path"] in server.files
         assert [artifact["input"]["artifactTypeName"] for artifact in server.artifacts] == ["adapter"] * 2
+
+
+def test_a_server_that_hangs_up_costs_seconds_and_not_the_run(monkeypatch, capsys) -> None:
+    monkeypatch.setattr("trainers.callbacks.wandb._INIT_SECONDS", 2)
+    with wandb_server() as server:
+        for name, value in server.environment().items():
+            monkeypatch.setenv(name, value)
+        answer = server.answer
+
+        def hang_up(operation: str, variables: dict[str, Any]) -> Any:
+            if operation == "UpsertBucket":
+                raise ConnectionError
+            return answer(operation, variables)
+
+        monkeypatch.setattr(server, "answer", hang_up)
+        assert fit.main(BOTH) == 0
+        assert "W&B is offline because it did not begin online (" in capsys.readouterr().out
+        assert fit.main([*BOTH, "run=insists", "wandb.mode=online"]) == 1
+        assert "W&B did not begin (" in capsys.readouterr().err and not RUN.with_name("insists").exists()
+    assert_rows_are_those_of_csv(history(*parts_of(RUN)), RUN)
+
+
+@pytest.mark.slow
+def test_a_server_that_goes_away_costs_a_warning(monkeypatch, capsys) -> None:
+    monkeypatch.setattr("trainers.callbacks.wandb._FINISH_SECONDS", 2)
+    monkeypatch.setenv("WANDB_HTTP_TIMEOUT", "1")
+    with wandb_server() as server:
+        for name, value in server.environment().items():
+            monkeypatch.setenv(name, value)
+
+        def leave() -> float:
+            server.shutdown()
+            server.server_close()
+            return 0.0
+
+        monkeypatch.setattr(Fake, "loss_at", {3: leave})
+        assert fit.main(BOTH) == 0
+    told = capsys.readouterr().err
+    assert told.count("warning: W&B") == 1 and f"{RUN}/wandb for wandb sync" in told
+    (part,) = (RUN.resolve() / "wandb").glob("run-*")
+    assert_rows_are_those_of_csv(history(part), RUN)
 
 
 def test_an_offline_run_can_be_sent_later() -> None:

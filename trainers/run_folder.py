@@ -170,7 +170,7 @@ class RunFolder:
 
     def discard_if_empty(self) -> None:
         """Remove a folder in which nothing was trained yet, for a run that could not begin."""
-        if not any(path.exists() for path in (self.checkpoints, self.metrics, self.wandb)):
+        if not any(path.exists() for path in (self.checkpoints, self.metrics, self.wandb_id)):
             shutil.rmtree(self.path, ignore_errors=True)
             with suppress(OSError):  # another run lives there
                 self.path.parent.rmdir()

@@ -20,6 +20,7 @@ from trainers.loggers import sign_in
 from trainers.run_folder import RunFolder, atomic_write
 
 _INIT_SECONDS, _FINISH_SECONDS = 30, 60
+_FLUSH_SECONDS = 1.0  # what a killed run can lose; W&B's own default is 15
 
 
 class WandbRun(Callback):
@@ -52,6 +53,7 @@ class WandbRun(Callback):
             if mode != "online" or self.recipe.wandb.mode == "online":
                 raise ConnectionError(f"W&B did not begin ({told}): set wandb.mode=offline, or logger=csv") from None
             mode, reason = "offline", f"it did not begin online ({told})"
+            _tear_down()  # W&B's process still holds the id
             run = self._init(mode)
         if mode == "offline":
             why = f" because {reason}" if reason else ""
@@ -77,6 +79,11 @@ class WandbRun(Callback):
         import wandb
 
         settings = self.recipe.wandb
+        own = wandb.Settings(
+            silent=True, init_timeout=_INIT_SECONDS, finish_timeout=_FINISH_SECONDS, finish_timeout_raises=True
+        )
+        if "x_transaction_log_flush_interval" in wandb.Settings.model_fields:  # experimental, may go again
+            own.x_transaction_log_flush_interval = _FLUSH_SECONDS
         run = wandb.init(
             mode=mode,
             project=settings.project,
@@ -89,17 +96,18 @@ class WandbRun(Callback):
             config=self._config(),
             allow_val_change=True,  # a resumed run may have a larger budget
             reinit="create_new",
-            settings=wandb.Settings(silent=True, init_timeout=_INIT_SECONDS, finish_timeout=_FINISH_SECONDS),
+            settings=own,
         )
+        atomic_write(self.folder.wandb_id, f"{run.id}\n")
         # Rows are placed by their own step: W&B's counter begins again in every offline part.
         run.define_metric("step", hidden=True)
         run.define_metric("*", step_metric="step")
         return run
 
     def _id(self) -> str:
-        if not self.folder.wandb_id.is_file():
-            atomic_write(self.folder.wandb_id, f"{os.environ.get('WANDB_RUN_ID') or secrets.token_hex(4)}\n")
-        return self.folder.wandb_id.read_text(encoding="utf-8").strip()
+        if self.folder.wandb_id.is_file():
+            return self.folder.wandb_id.read_text(encoding="utf-8").strip()
+        return os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
 
     def _config(self) -> dict[str, Any]:
         stored = self.folder.provenance
@@ -147,18 +155,16 @@ class WandbRun(Callback):
         try:
             act(self._run)
         except Exception as error:
-            gone = isinstance(error, OSError)  # W&B's own process, to which all goes, does not answer any more
+            gone = isinstance(error, ConnectionError)  # to W&B's own process on this machine, to which all goes
             if not self._warned:
                 self._warned = True
                 told = " ".join(f"{type(error).__name__}: {error}".split())
                 what = "has ended" if gone else "is incomplete"
-                print(f"warning: W&B logging {what} ({told}); the run goes on", file=sys.stderr, flush=True)
+                kept = f"the run goes on, and what W&B has not received is in {self.folder.wandb} for wandb sync"
+                print(f"warning: W&B logging {what} ({told}); {kept}", file=sys.stderr, flush=True)
             if gone:
-                import wandb
-
                 self._run = None
-                with suppress(Exception):  # else W&B tries once more, with a traceback, when this process ends
-                    wandb.teardown(exit_code=1)
+                _tear_down()  # else W&B tries once more, with a traceback, when this process ends
 
     # How it ends.
 
@@ -180,6 +186,14 @@ class WandbRun(Callback):
             self.finish(1)
             raise
         self.finish()
+
+
+def _tear_down() -> None:
+    """Give W&B's own process up, in whatever state it is."""
+    import wandb
+
+    with suppress(Exception):
+        wandb.teardown(exit_code=1)
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[Any]]]:
