@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from trainers import recipes
+from trainers import processes, recipes
 from trainers.config import EvaluateConfig, RecipeBase
 from trainers.loggers import check_loggers
 from trainers.run_folder import ENVIRONMENT_KEY, RunFolder, atomic_write
@@ -89,7 +89,8 @@ def _recipe(line: recipes.CommandLine) -> RecipeBase:
 
 
 def _fit(recipe: RecipeBase, argv: Sequence[str], dry_run: bool) -> int:
-    check_loggers(recipe)
+    if ENVIRONMENT_KEY not in os.environ:  # else the process that started this one has asked
+        check_loggers(recipe)
     watch = Stopwatch()
     from rich.console import Console
 
@@ -98,9 +99,12 @@ def _fit(recipe: RecipeBase, argv: Sequence[str], dry_run: bool) -> int:
     from trainers.base import NonFiniteLoss
     from trainers.callbacks import Interrupted
 
-    console = Console()
+    rank = processes.rank(recipe)
+    console = Console(quiet=rank > 0)
     if dry_run:
+        others = processes.start_others(recipe, _lost)
         training.dry_run(recipe, console)
+        processes.wait_for(others)
         console.print(f"{recipe.recipe}: built, trained one update, exported and loaded again; nothing was kept")
         return 0
 
@@ -109,36 +113,53 @@ def _fit(recipe: RecipeBase, argv: Sequence[str], dry_run: bool) -> int:
 
     # While no step is running (loading, exporting, evaluating) there is nothing to finish first.
     before = signal.signal(signal.SIGTERM, terminated)
-    folder = RunFolder.for_recipe(recipe)
-    # Processes that Lightning starts beside this one must write to the same folder.
-    first = ENVIRONMENT_KEY not in os.environ
+    folder = RunFolder.for_recipe(recipe, rank)
+    # The processes that are started beside this one must write to the same folder.
     os.environ[ENVIRONMENT_KEY] = str(folder.path)
+    others: list[Any] = []
     try:
-        if first:
+        if rank == 0:
             folder.begin(recipe, ["python", "-m", "trainers.fit", *argv])
+        others = processes.start_others(recipe, _lost)
         console.print(f"{recipe.method} for {recipe.backbone.name}, run folder {folder.path}", highlight=False)
         task = training.build_task(recipe)
         trainer = training.train(task, folder, console)
-        if trainer.is_global_zero:
-            _finish(task, trainer, folder, watch, console)
+        _finish(task, trainer, folder, watch, console, others)
         return 0
     except NonFiniteLoss as error:
-        return _stopped(folder, str(error), 3)
+        return _stopped(folder, str(error), 3, rank)
     except Interrupted as error:
-        return _stopped(folder, str(error), 128 + error.signum)
+        return _stopped(folder, str(error), 128 + error.signum, rank)
     except KeyboardInterrupt:
-        return _stopped(folder, "interrupted", 130)
+        return _stopped(folder, "interrupted", 130, rank)
     except (ValueError, OSError) as error:
-        return _stopped(folder, " ".join(str(error).split()), 1)
+        return _stopped(folder, " ".join(str(error).split()), 1, rank)
     finally:
         signal.signal(signal.SIGTERM, before)
-        if first:
+        processes.wait_for(others, seconds=processes.GRACE_SECONDS)
+        if others:
+            processes.forget_world()
+        if rank == 0:
             os.environ.pop(ENVIRONMENT_KEY, None)
             folder.discard_if_empty()
 
 
-def _finish(task: FrozenBackboneTask, trainer: Trainer, folder: RunFolder, watch: Stopwatch, console: Console) -> None:
-    """Export the adapter, measure it unless the recipe says otherwise, and sum the run up."""
+def _lost(reason: str) -> None:
+    """End this process, which may wait for ever inside a collective that the lost one will never join."""
+    print(f"error: {reason}; continue from the last checkpoint with resume=RUN_FOLDER", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def _finish(
+    task: FrozenBackboneTask,
+    trainer: Trainer,
+    folder: RunFolder,
+    watch: Stopwatch,
+    console: Console,
+    others: list[Any],
+) -> None:
+    """All ranks export the adapter; the first measures it, unless the recipe says otherwise, and sums the run up."""
+    from trainers import training
     from trainers.callbacks import Metrics, WandbRun, callback_of
 
     metrics, run = callback_of(trainer, Metrics), callback_of(trainer, WandbRun)
@@ -146,7 +167,10 @@ def _finish(task: FrozenBackboneTask, trainer: Trainer, folder: RunFolder, watch
     watch.lap("start_up")
     watch.move("start_up", training=metrics.totals.training_s, samples=metrics.totals.paused_s)
     with run.closing() if run else nullcontext():
-        task.export_adapter(folder.adapter)
+        training.export(task, trainer, folder.adapter)
+        if not trainer.is_global_zero:
+            return
+        processes.wait_for(others)
         watch.lap("export")
         report = _evaluate(task.recipe, folder) if task.recipe.evaluate else None
         if report:
@@ -173,8 +197,10 @@ def _evaluate(recipe: RecipeBase, folder: RunFolder) -> dict[str, Any]:
     return evaluate.run(settings)
 
 
-def _stopped(folder: RunFolder, reason: str, code: int) -> int:
-    """One sentence about why a run ended early and how it goes on."""
+def _stopped(folder: RunFolder, reason: str, code: int, rank: int) -> int:
+    """One sentence, from one rank, about why a run ended early and how it goes on."""
+    if rank:
+        return code
     checkpoint = folder.latest_checkpoint()
     kept = f"{checkpoint} is kept, continue with resume={folder.path}" if checkpoint else "there is no checkpoint yet"
     print(f"error: {reason}; {kept}", file=sys.stderr)

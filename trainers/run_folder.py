@@ -128,9 +128,11 @@ class RunFolder:
         return self.path / "wandb_id"
 
     @classmethod
-    def for_recipe(cls, recipe: RecipeBase) -> RunFolder:
+    def for_recipe(cls, recipe: RecipeBase, rank: int = 0) -> RunFolder:
         """The folder this process writes to: the resumed one, the one its first process chose, or a new one.
 
+        Args:
+            rank: of this process in the run; rank 0 makes the folder.
         Raises:
             ConfigError: the name is taken by another run, or the folder cannot be made.
         """
@@ -141,10 +143,14 @@ class RunFolder:
         home = Path(recipe.output_dir) / recipe.recipe
         job = os.environ.get("SLURM_JOB_ID")
         name = recipe.run or job
+        if name is None and "TORCHELASTIC_RUN_ID" in os.environ:
+            raise ConfigError(
+                ["run=NAME is missing: processes that torchrun starts cannot agree on the next free number"]
+            )
         if name is None:
             return cls(_first_free(home))
         folder = home / name
-        if job and os.environ.get("SLURM_PROCID", "0") != "0":
+        if rank:
             return cls(folder)
         requeued = job is not None and int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
         try:
