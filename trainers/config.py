@@ -107,6 +107,12 @@ class TrainerSection(Section):
     )
 
     @model_validator(mode="after")
+    def _strategy_knows_the_precision(self) -> TrainerSection:
+        if self.strategy.startswith("deepspeed") and self.precision == "16-mixed":
+            raise ValueError("precision 16-mixed needs a loss scale that deepspeed has no part in: use bf16-mixed")
+        return self
+
+    @model_validator(mode="after")
     def _profile_is_reached(self) -> TrainerSection:
         if isinstance(self.profile, tuple):
             first, last = self.profile
@@ -138,12 +144,6 @@ class Wandb(Section):
         if not value or set(value) & set("/\\#?%:"):
             raise ValueError("a name without any of / \\ # ? % :")
         return value
-
-    @model_validator(mode="after")
-    def _strategy_knows_the_precision(self) -> TrainerSection:
-        if self.strategy.startswith("deepspeed") and self.precision == "16-mixed":
-            raise ValueError("precision 16-mixed needs a loss scale that deepspeed has no part in: use bf16-mixed")
-        return self
 
 
 class Evaluation(Section):
