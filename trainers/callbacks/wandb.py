@@ -26,7 +26,7 @@ _FLUSH_SECONDS = 1.0  # what a killed run can lose; W&B's own default is 15
 class WandbRun(Callback):
     """One W&B run per run folder, whichever process continues it: its id is kept in the folder.
 
-    Once it has begun, W&B cannot stop the training: whatever it raises is told once and ends the logging.  The run
+    Once it has begun, W&B cannot stop the training: the first thing it raises is told, and no more.  The run
     outlives `Trainer.fit`, so that the report can be added; `finish` closes it.
     """
 
