@@ -102,7 +102,7 @@ class Fake(FrozenBackboneTask):
         return (batch - self.learned["mean"]).square().mean() + (extra() if callable(extra) else extra)
 
     def export_adapter(self, folder: Path) -> None:
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / "mean").write_text(str(self.exported["mean"].tolist()))
 
     def sample_images(self, count: int) -> tuple[Tensor, Tensor]:
@@ -132,7 +132,7 @@ def test_fit_leaves_a_whole_run(fake: Path, capsys: pytest.CaptureFixture[str]) 
     assert fit.main([*SHORT, "trainer.sample_every=3", "trainer.log_every=2"]) == 0
     run = fake / "000"
     assert {path.name for path in run.iterdir()} == {
-        "config.yaml", "provenance.json", "metrics.csv", "checkpoints", "adapter", "samples"
+        "config.yaml", "provenance.json", "metrics.csv", "checkpoints", "adapter", "samples", "summary.json"
     }  # fmt: skip
     assert sorted(path.name for path in (run / "samples").iterdir()) == ["step_0000003.png", "step_0000006.png"]
     assert len((run / "metrics.csv").read_text().splitlines()) == 4

@@ -41,8 +41,11 @@ class FrozenBackboneTask(LightningModule):
     Attributes:
         backbone: frozen, eval mode.  learned: trained.
         exported: what is exported and sampled with: the average when there is one.
+        unit, units_per_sample: what throughput is counted in; a language model's task says "tokens" and its length.
     """
 
+    unit = "images"
+    units_per_sample = 1
     # Checkpoints hold the learned part only; on_load_checkpoint is strict about that part.
     strict_loading = False
 

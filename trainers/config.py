@@ -100,12 +100,50 @@ class TrainerSection(Section):
     )
     save_every: PositiveInt = Field(default=200, description="updates between two checkpoints")
     sample_every: int = Field(default=0, ge=0, description="updates between two sample grids; 0 draws none")
+    profile: PositiveInt | tuple[PositiveInt, PositiveInt] | None = Field(
+        default=None,
+        description="updates to record with torch.profiler into <run>/profile/: how many, after a few to warm up, or "
+        "the first and the last as [100,104]; null records none and costs nothing",
+    )
 
     @model_validator(mode="after")
     def _strategy_knows_the_precision(self) -> TrainerSection:
         if self.strategy.startswith("deepspeed") and self.precision == "16-mixed":
             raise ValueError("precision 16-mixed needs a loss scale that deepspeed has no part in: use bf16-mixed")
         return self
+
+    @model_validator(mode="after")
+    def _profile_is_reached(self) -> TrainerSection:
+        if isinstance(self.profile, tuple):
+            first, last = self.profile
+            if not first <= last <= self.max_steps:
+                raise ValueError(
+                    f"profile is [{first}, {last}] but must rise and end by max_steps, {self.max_steps}: "
+                    "give the first and the last update to record"
+                )
+        return self
+
+
+class Wandb(Section):
+    """The Weights & Biases run, for logger=wandb."""
+
+    project: Text = Field(default="afterburner", description="W&B project that the run belongs to")
+    entity: Text | None = Field(default=None, description="W&B user or team; null takes the default of your key")
+    name: Text | None = Field(default=None, description="the run's name in W&B; null takes <recipe>/<run>")
+    tags: list[Text] = Field(default=[], description="the run's tags in W&B, as [first,second]")
+    mode: Literal["auto", "online", "offline"] = Field(
+        default="auto",
+        description="online needs a key and a server that answers, else the run is refused; offline writes into "
+        "<run>/wandb for `wandb sync`; auto is WANDB_MODE if set, else online with a key and an answering server, "
+        "else offline",
+    )
+
+    @field_validator("project")
+    @classmethod
+    def _project_is_a_name(cls, value: str) -> str:
+        if not value or set(value) & set("/\\#?%:"):
+            raise ValueError("a name without any of / \\ # ? % :")
+        return value
 
 
 class Evaluation(Section):
@@ -130,7 +168,12 @@ class RecipeBase(Section):
     optimizer: Optimizer = Field(default_factory=Optimizer, description="AdamW and its schedule")
     trainer: TrainerSection = Field(default_factory=TrainerSection, description="budget, devices, intervals")
     evaluation: Evaluation = Field(default_factory=Evaluation, description="how the exported adapter is measured")
-    logger: Literal["csv", "none"] = Field(default="csv", description="csv writes metrics.csv into the run folder")
+    logger: Literal["csv", "wandb", "none"] | list[Literal["csv", "wandb"]] = Field(
+        default="csv",
+        description="where metrics go: csv writes metrics.csv into the run folder, wandb logs a Weights & Biases run, "
+        "[csv,wandb] does both, none neither",
+    )
+    wandb: Wandb = Field(default_factory=Wandb, description="the Weights & Biases run")
     seed: int = Field(default=0, ge=0, description="fixes initial weights, data order and noise")
     run: Text | None = Field(
         default=None, description="name of the run's folder; null takes the SLURM job id, else the first free number"
@@ -138,6 +181,10 @@ class RecipeBase(Section):
     resume: Text | None = Field(default=None, description="folder of a run to continue, with the recipe stored there")
     evaluate: bool = Field(default=True, description="measure the adapter when training ends")
     output_dir: Text = Field(default="outputs", description="folder that holds <recipe>/<run>/")
+
+    def logs_to(self, logger: Literal["csv", "wandb"]) -> bool:
+        """Whether `logger` is the one chosen, or among them."""
+        return logger in ([self.logger] if isinstance(self.logger, str) else self.logger)
 
     @field_validator("run")
     @classmethod

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from trainers import processes, recipes
 from trainers.config import EvaluateConfig, RecipeBase
 from trainers.crew import Crew
 from trainers.failures import LOST, explain
-from trainers.run_folder import ENVIRONMENT_KEY, RunFolder
+from trainers.loggers import check_loggers
+from trainers.run_folder import ENVIRONMENT_KEY, RunFolder, atomic_write
 from trainers.settings import ConfigError, help_text
+from trainers.summary import Stopwatch, build_summary, print_summary
 
 if TYPE_CHECKING:
+    from lightning import Trainer
     from rich.console import Console
+
+    from trainers.base import FrozenBackboneTask
 
 USAGE = """usage: python -m trainers.fit recipe=NAME [key=value ...]   train, export, evaluate
        python -m trainers.fit resume=outputs/RECIPE/RUN [trainer.max_steps=N]   continue a run
@@ -88,6 +95,9 @@ def _recipe(line: recipes.CommandLine) -> RecipeBase:
 
 
 def _fit(recipe: RecipeBase, argv: Sequence[str], dry_run: bool) -> int:
+    if ENVIRONMENT_KEY not in os.environ:  # else the process that started this one has asked
+        check_loggers(recipe)
+    watch = Stopwatch()
     from rich.console import Console
 
     # The first import of torch on this path: everything above has been checked.
@@ -119,12 +129,8 @@ def _fit(recipe: RecipeBase, argv: Sequence[str], dry_run: bool) -> int:
                 console.print(f"{recipe.method} for {recipe.backbone.name}, run folder {folder.path}", highlight=False)
                 task = training.build_task(recipe)
                 trainer = training.train(task, folder, console)
-                training.export(task, trainer, folder.adapter)
                 crew.done()
-                if trainer.is_global_zero:
-                    processes.wait_for(others)
-                    _finish(recipe, folder)
-                    console.print(f"adapter and report are in {folder.path}", highlight=False)
+                _finish(task, trainer, folder, watch, console, others)
                 return 0
             except (Exception, KeyboardInterrupt, SystemExit) as error:
                 return crew.tell(explain(error), traceback.format_exc())
@@ -161,10 +167,40 @@ def _dry_run(recipe: RecipeBase, console: Console) -> int:
     return 0
 
 
-def _finish(recipe: RecipeBase, folder: RunFolder) -> None:
-    """Measure the adapter, unless the recipe says otherwise."""
-    if not recipe.evaluate:
-        return
+def _finish(
+    task: FrozenBackboneTask,
+    trainer: Trainer,
+    folder: RunFolder,
+    watch: Stopwatch,
+    console: Console,
+    others: list[Any],
+) -> None:
+    """All ranks export the adapter; the first measures it, unless the recipe says otherwise, and sums the run up."""
+    from trainers import training
+    from trainers.callbacks import Metrics, WandbRun, callback_of
+
+    metrics, run = callback_of(trainer, Metrics), callback_of(trainer, WandbRun)
+    assert metrics is not None
+    watch.lap("start_up")
+    watch.move("start_up", training=metrics.totals.training_s, samples=metrics.totals.paused_s)
+    with run.closing() if run else nullcontext():
+        training.export(task, trainer, folder.adapter)
+        if not trainer.is_global_zero:
+            return
+        processes.wait_for(others)
+        watch.lap("export")
+        report = _evaluate(task.recipe, folder) if task.recipe.evaluate else None
+        if report:
+            watch.lap("evaluation")
+        summary = build_summary(task, metrics.totals, watch.parts, trainer.world_size, folder)
+        atomic_write(folder.summary, json.dumps(summary, indent=2) + "\n")
+        print_summary(summary, folder, console)
+        if run:
+            run.log_results(report, summary)
+
+
+def _evaluate(recipe: RecipeBase, folder: RunFolder) -> dict[str, Any]:
+    """Measure the exported adapter; returns the report."""
     from trainers import evaluate
 
     settings = EvaluateConfig(
@@ -175,7 +211,7 @@ def _finish(recipe: RecipeBase, folder: RunFolder) -> None:
         output=str(folder.path),
         evaluation=recipe.evaluation,
     )
-    evaluate.run(settings)
+    return evaluate.run(settings)
 
 
 def _how_it_goes_on(folder: RunFolder) -> str:

@@ -19,7 +19,8 @@ from trainers.config import RecipeBase
 from trainers.settings import ConfigError, help_text, keys, nearest, validate
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
-RESUME_MAY_CHANGE = ("trainer.max_steps", "logger", "evaluate", "resume")
+# Keys and whole sections; the last is how the command names the run.
+RESUME_MAY_CHANGE = ("trainer.max_steps", "trainer.profile", "logger", "wandb", "evaluate", "resume")
 Schema = TypeVar("Schema", bound=BaseModel)
 
 
@@ -206,7 +207,7 @@ def compose_resumed(folder: str, recipe: str | None, overrides: Mapping[str, str
     old, new = before.model_dump(mode="json"), after.model_dump(mode="json")
     for key, _ in keys(type(after)):
         was, now = _at(old, key), _at(new, key)
-        if was != now and key not in RESUME_MAY_CHANGE:
+        if was != now and not {key, key.partition(".")[0]} & {*RESUME_MAY_CHANGE}:
             problems.append(
                 f"{key} is {was!r} in the resumed run and cannot become {now!r}: "
                 f"only {', '.join(RESUME_MAY_CHANGE[:-1])} may change; start a new run instead"

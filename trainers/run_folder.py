@@ -116,6 +116,26 @@ class RunFolder:
         """Sample grids drawn during training and evaluation."""
         return self.path / "samples"
 
+    @property
+    def summary(self) -> Path:
+        """Where the run's time went, its speed and sizes; of the latest part when it was resumed."""
+        return self.path / "summary.json"
+
+    @property
+    def profile(self) -> Path:
+        """Traces of the updates that `trainer.profile` asks for."""
+        return self.path / "profile"
+
+    @property
+    def wandb(self) -> Path:
+        """W&B's own files, one folder in it per part of the run."""
+        return self.path / "wandb"
+
+    @property
+    def wandb_id(self) -> Path:
+        """The W&B run that every part of this run belongs to."""
+        return self.path / "wandb_id"
+
     @classmethod
     def for_recipe(cls, recipe: RecipeBase, rank: int = 0) -> RunFolder:
         """The folder this process writes to: the resumed one, the one its first process chose, or a new one.
@@ -168,7 +188,7 @@ class RunFolder:
 
     def discard_if_empty(self) -> None:
         """Remove a folder in which nothing was trained yet, for a run that could not begin."""
-        if not self.checkpoints.exists() and not self.metrics.exists():
+        if not any(path.exists() for path in (self.checkpoints, self.metrics, self.wandb_id)):
             shutil.rmtree(self.path, ignore_errors=True)
             with suppress(OSError):  # another run lives there
                 self.path.parent.rmdir()

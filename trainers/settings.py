@@ -68,6 +68,10 @@ def expected(annotation: Any, metadata: Sequence[Any] = ()) -> str:
 
 
 def _plural(annotation: Any) -> str:
+    if get_origin(annotation) is Annotated:
+        return _plural(get_args(annotation)[0])
+    if get_origin(annotation) is Literal:
+        return " and ".join(map(str, get_args(annotation)))
     return {int: "integers", float: "numbers", str: "texts"}.get(annotation, "values")
 
 

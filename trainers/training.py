@@ -121,7 +121,8 @@ def dry_run(recipe: RecipeBase, console: Console) -> None:
 
     Where the strategy shards the backbone nothing can be attached to it: the adapter's files are read and checked then.
     """
-    recipe = recipe.model_copy(update={"trainer": recipe.trainer.model_copy(update={"max_steps": 1})})
+    settings = recipe.trainer.model_copy(update={"max_steps": 1, "profile": None})
+    recipe = recipe.model_copy(update={"trainer": settings, "logger": "none"})
     task = build_task(recipe)
     with tempfile.TemporaryDirectory() as folder:
         run = RunFolder(Path(folder))

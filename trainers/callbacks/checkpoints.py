@@ -7,6 +7,7 @@ import signal
 import sys
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -107,8 +108,8 @@ class Checkpoints(Checkpoint):
     interrupts at once.
     """
 
-    def __init__(self, folder: Path, every: int) -> None:
-        self.folder, self.every = folder, every
+    def __init__(self, folder: Path, every: int, written: Callable[[Path], None] | None = None) -> None:
+        self.folder, self.every, self.written = folder, every, written
         self.received: int | None = None
         self._before: dict[int, Any] = {}
         self._seen_step = 0
@@ -136,8 +137,11 @@ class Checkpoints(Checkpoint):
         self._seen_step = step
         stop = self._agreed_to_stop(trainer, step)
         if stop or step % self.every == 0 or step == trainer.max_steps:
-            trainer.save_checkpoint(self.folder / checkpoint_name(step))
+            path = self.folder / checkpoint_name(step)
+            trainer.save_checkpoint(path)
             self._remove_old(trainer)
+            if self.written is not None and trainer.is_global_zero:
+                self.written(path)
         if stop:
             raise Interrupted(self.received or signal.SIGTERM, step)
 

@@ -7,7 +7,8 @@ import io
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,18 +54,47 @@ class MetricsFile:
         self._written = time.monotonic()
 
 
-class Metrics(Callback):
-    """Loss, images/s, step time, memory and ETA: a bar on a terminal, lines elsewhere, rows in metrics.csv.
+@dataclass
+class Totals:
+    """Of one process's part of a run.
 
-    Sums stay on the device and are fetched every `every` updates.
+    Attributes:
+        units: what the updates saw on all ranks, in the task's unit.
+        training_s: wall time of the updates and their checkpoints, without paused_s.
+        paused_s: drawing samples and writing profiles.
+        memory_mib: peak, the largest of all ranks.
     """
 
-    def __init__(self, path: Path | None, every: int, console: Console | None = None) -> None:
-        self.path, self.every, self.console = path, every, console or Console()
-        self.file = MetricsFile(None)
+    first_step: int = 0
+    last_step: int = 0
+    units: int = 0
+    training_s: float = 0.0
+    paused_s: float = 0.0
+    memory_mib: float = 0.0
+
+
+class Metrics(Callback):
+    """Loss, throughput, step time, memory and ETA: a bar on a terminal, lines elsewhere, rows for the loggers.
+
+    Sums stay on the device and are fetched every `every` updates; several ranks meet then too: the loss is their mean,
+    the memory their largest.  What a task noted itself is the first rank's.
+
+    Attributes:
+        totals: of the updates that this process made.
+    """
+
+    def __init__(
+        self,
+        path: Path | None,
+        every: int,
+        console: Console | None = None,
+        log_row: Callable[[Mapping[str, Any]], None] | None = None,
+    ) -> None:
+        self.path, self.every, self.console, self.log_row = path, every, console or Console(), log_row
+        self.file, self.totals = MetricsFile(None), Totals()
         self._bar: Progress | None = None
         self._bar_task = TaskID(0)
-        self._shown_at, self._seen_step = 0.0, 0
+        self._began, self._shown_at, self._seen_step = 0.0, 0.0, 0
         self._restart(0)
 
     def _restart(self, step: int) -> None:
@@ -75,25 +105,41 @@ class Metrics(Callback):
     def pause(self, seconds: float) -> None:
         """Time that was not training, such as drawing samples."""
         self._paused += seconds
+        self.totals.paused_s += seconds
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar if there is one."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def say_written(self, path: Path) -> None:
+        """A line for a file that was written; a terminal has the bar instead."""
+        if not self.console.is_terminal:
+            self.say(f"wrote {path} ({size_text(path.stat().st_size)})")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the bar at the step that is resumed."""
-        self._restart(trainer.global_step)
-        self._seen_step = trainer.global_step
+        step = trainer.global_step
+        self._restart(step)
+        self._seen_step, self._began = step, time.perf_counter()
+        self.totals = Totals(first_step=step, last_step=step)
         if not trainer.is_global_zero:
             return
-        self.file = MetricsFile(self.path, trainer.global_step)
+        self.file = MetricsFile(self.path, step)
         if self.console.is_terminal:
             columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
             self._bar = Progress(*columns, console=self.console, refresh_per_second=2)
-            self._bar_task = self._bar.add_task("", total=trainer.max_steps, completed=trainer.global_step)
+            self._bar_task = self._bar.add_task("", total=trainer.max_steps, completed=step)
             self._bar.start()
+        else:
+            where = f"{trainer.world_size} x {pl_module.device.type}, {trainer.precision}"
+            self.say(f"{'resuming' if step else 'training'} at step {step}/{trainer.max_steps} on {where}")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """One addition per batch; everything else every `every` updates."""
-        self._loss = self._loss + outputs["loss"].detach()
+        # Lightning has divided the loss by the batches of an update.
+        self._loss = self._loss + outputs["loss"].detach() * trainer.accumulate_grad_batches
         self._batches += 1
         step = trainer.global_step
         if step == self._seen_step:  # more batches of this update are to come
@@ -108,29 +154,46 @@ class Metrics(Callback):
 
     def _report(self, trainer: Trainer, task: Any, step: int) -> None:
         # Reading the loss waits for the device, so the clock is read after it.
-        loss = float(self._loss) / self._batches
+        loss, memory_mib = self._over_ranks(trainer, task.device)
         updates = step - self._since_step
         seconds = max(time.perf_counter() - self._since - self._paused, 1e-9)
         row: dict[str, Any] = {"step": step, "loss": loss, "lr": trainer.optimizers[0].param_groups[0]["lr"]}
         row["step_s"] = seconds / updates
         if task.order is not None:
-            row["images_per_s"] = task.order.batch_size * trainer.world_size * self._batches / seconds
-        row["memory_mib"] = memory_bytes(task.device) / 2**20
+            units = task.order.batch_size * task.units_per_sample * trainer.world_size * self._batches
+            row[f"{task.unit}_per_s"] = units / seconds
+            self.totals.units += units
+        row["memory_mib"] = memory_mib
         row |= task.take_notes()
+        self.totals.last_step, self.totals.memory_mib = step, memory_mib
         self._restart(step)
         if trainer.is_global_zero:
             self.file.add({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
-            self._show(trainer, row)
+            if self.log_row is not None:
+                self.log_row(row)
+            self._show(trainer, row, task.unit)
 
-    def _show(self, trainer: Trainer, row: Mapping[str, Any]) -> None:
-        rate = f"  {row['images_per_s']:.1f} img/s" if "images_per_s" in row else ""
+    def _over_ranks(self, trainer: Trainer, device: torch.device) -> tuple[float, float]:
+        """(mean loss since the last row, peak memory in MiB), in one exchange."""
+        own = torch.tensor([0.0, memory_bytes(device) / 2**20], device=device)
+        own[0] = self._loss / self._batches
+        if trainer.world_size > 1:
+            own = trainer.strategy.all_gather(own)
+        every = own.reshape(-1, 2).tolist()
+        return sum(loss for loss, _ in every) / len(every), max(memory for _, memory in every)
+
+    def _show(self, trainer: Trainer, row: Mapping[str, Any], unit: str) -> None:
+        rate = f"  {row[name]:.1f} {unit}/s" if (name := f"{unit}_per_s") in row else ""
         text = f"loss {row['loss']:.4g}{rate}  {row['step_s'] * 1000:.0f} ms/step  {row['memory_mib']:.0f} MiB"
         if self._bar is not None:
             self._bar.update(self._bar_task, completed=row["step"], description=text)
             return
-        left = int((trainer.max_steps - row["step"]) * row["step_s"])
-        clock = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
-        print(f"step {row['step']}/{trainer.max_steps}  {text}  {clock} left", flush=True)
+        left = (trainer.max_steps - row["step"]) * row["step_s"]
+        self.say(f"step {row['step']}/{trainer.max_steps}  {text}  {clock(left)} left")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """How long it took."""
+        self.totals.training_s = time.perf_counter() - self._began - self.totals.paused_s
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write what is left."""
@@ -149,6 +212,17 @@ class Metrics(Callback):
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def clock(seconds: float) -> str:
+    """h:mm:ss."""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+def size_text(size: int) -> str:
+    """Bytes in the unit that suits them."""
+    return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB"
 
 
 def memory_bytes(device: torch.device) -> int:

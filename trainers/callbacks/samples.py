@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,15 @@ from trainers.plots import save_grid
 class SampleGrids(Callback):
     """Every `every` updates a picture: the teacher's images above the student's, same noise."""
 
-    def __init__(self, folder: Path, every: int, metrics: Metrics, count: int = 8) -> None:
-        self.folder, self.every, self.metrics, self.count = folder, every, metrics, count
+    def __init__(
+        self,
+        folder: Path,
+        every: int,
+        metrics: Metrics,
+        log_picture: Callable[[str, Path, int], None] | None = None,
+        count: int = 8,
+    ) -> None:
+        self.folder, self.every, self.metrics, self.log_picture, self.count = folder, every, metrics, log_picture, count
         self._drawn = -1
 
     def on_train_batch_end(
@@ -45,7 +53,11 @@ class SampleGrids(Callback):
         finally:
             pl_module.train()
         if images is not None and trainer.is_global_zero:
-            save_grid(self.folder / f"step_{step:07d}.png", images, ["backbone", pl_module.recipe.method])
+            path = self.folder / f"step_{step:07d}.png"
+            save_grid(path, images, ["backbone", pl_module.recipe.method])
+            if self.log_picture is not None:
+                self.log_picture("samples", path, step)
+            self.metrics.say_written(path)
         self.metrics.pause(time.perf_counter() - started)
 
 

@@ -104,7 +104,7 @@ class ILFTask(FrozenBackboneTask):
         start = self.draw_together(rollout.steps - unroll + 1, "first step")
         weights = torch.tensor(self._weights, device=index.device)
         loss, errors = rollout.loss(self.learned, self.loop, index, start, unroll, weights)
-        self.note(loss=loss, final_mse=errors[-1], **self._strength())
+        self.note(final_mse=errors[-1], **self._strength())
         return loss
 
     def _single_step_loss(self, index: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ class ILFTask(FrozenBackboneTask):
         loss = objective.lambda_distill * weight * distilled
         if objective.lambda_denoise:
             loss = loss + objective.lambda_denoise * (predicted - noise).square().mean()
-        self.note(**{"loss": loss, f"loss_step_{step}": distilled, **self._strength()})
+        self.note(**{f"loss_step_{step}": distilled, **self._strength()})
         return loss
 
     def _strength(self) -> dict[str, Tensor]:
