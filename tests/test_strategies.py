@@ -26,7 +26,7 @@ BOUND = 2e-5
 def job(name: str, folder: Path, strategy: str = "auto", ranks: int = 2, source: str = "", **changes: str) -> Any:
     """A rollout whose global batch is 2 whatever the number of ranks, so that no rank draws noise of its own."""
     settings = {
-        "backbone.name": save_tiny("dit", folder),
+        "backbone.name": changes.pop("backbone__name", "") or save_tiny("dit", folder),
         "data.batch_size": str(2 // ranks),
         "optimizer.lr": "1e-3",
         "trainer.strategy": strategy,
@@ -52,6 +52,21 @@ def pair(folder: Path, strategy: str) -> list[Any]:
     return [whole, half, rest]
 
 
+def deep(folder: Path, strategy: str) -> Any:
+    """One update of a module on a backbone that is 100 times larger."""
+    name = save_tiny("dit", folder / "deep", layers=110)
+    return job(f"deep-{strategy}", folder, strategy, backbone__name=name, trainer__max_steps="1", trainer__ema="0")
+
+
+def assert_small_checkpoint(folder: Path, strategy: str) -> None:
+    """What is kept holds float32 weights and two moments, and no part of the backbone."""
+    run = RunFolder(folder / f"deep-{strategy}")
+    adapter = run.adapter / "adapter_model.safetensors"
+    assert told(folder, f"deep-{strategy}")["whole"] > 100 * adapter.stat().st_size
+    checkpoint = run.latest_checkpoint()
+    assert checkpoint.is_file() and checkpoint.stat().st_size <= 4 * adapter.stat().st_size
+
+
 def state_of(folder: Path) -> dict[str, Tensor]:
     """The last checkpoint's tensors."""
     return read_checkpoint(RunFolder(folder).latest_checkpoint())["state_dict"]
@@ -74,7 +89,7 @@ def runs(tmp_path_factory) -> Path:
     strategy_worker.run(folder, job("single", folder, ranks=1, optimizer__schedule="constant"))
     half = job("single-half", folder, ranks=1, optimizer__schedule="constant", trainer__max_steps=str(HALF))
     strategy_worker.run(folder, half)
-    jobs = [*pair(folder, "ddp"), *pair(folder, "fsdp")]
+    jobs = [*pair(folder, "ddp"), *pair(folder, "fsdp"), deep(folder, "ddp"), deep(folder, "fsdp")]
     jobs.append(job("single-to-ddp", folder, "ddp", source="single-half", optimizer__schedule="constant"))
     jobs.append(job("bf16-fsdp", folder, "fsdp", backbone__dtype="bfloat16"))
     noisy = {"module__solver": "backbone", "objective__rollout": "false"}
@@ -135,6 +150,11 @@ def test_checkpoints_are_of_the_same_content_under_every_strategy(runs: Path) ->
         other = read_checkpoint(RunFolder(runs / name).latest_checkpoint())
         assert other.keys() == first.keys()
         assert other["optimizer_states"][0]["state"].keys() == first["optimizer_states"][0]["state"].keys()
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_checkpoint_is_at_most_four_adapters(runs: Path, strategy: str) -> None:
+    assert_small_checkpoint(runs, strategy)
 
 
 @pytest.mark.parametrize("wrong", ["deepspeed_4", "deepspeed", "DDP", "zero"])

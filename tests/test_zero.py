@@ -9,7 +9,7 @@ import torch
 
 from checkpoints.load import load_adapter, read_tensors
 from tests import strategy_worker
-from tests.test_strategies import BOUND, STEPS, furthest, job, pair, state_of, told
+from tests.test_strategies import BOUND, STEPS, assert_small_checkpoint, deep, furthest, job, pair, state_of, told
 from tests.tiny_ilf import tiny_driver
 from trainers.callbacks import read_checkpoint
 from trainers.run_folder import RunFolder
@@ -42,6 +42,7 @@ def runs(tmp_path_factory) -> Path:
     noisy = {"module__solver": "backbone", "objective__rollout": "false"}
     jobs.append(job("noisy", folder, "deepspeed_3", **noisy))
     jobs.append(job("fad", folder, "deepspeed_3", objective__target="fad", **noisy))
+    jobs += [deep(folder, stage) for stage in STAGES]
     strategy_worker.start(folder, jobs)
     for stage in STAGES:
         strategy_worker.run(folder, job(f"{stage}-to-single", folder, ranks=1, source=f"{stage}-half", **FLAT))
@@ -82,6 +83,11 @@ def test_the_checkpoint_is_that_of_a_plain_run(runs: Path, stage: str) -> None:
             assert mine["state"][number][key].shape == state[key].shape
             # Moments of losses of order 1, reduced in another order.
             assert torch.allclose(mine["state"][number][key], state[key], atol=1e-4)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_checkpoint_is_at_most_four_adapters(runs: Path, stage: str) -> None:
+    assert_small_checkpoint(runs, stage)
 
 
 def test_stage_3_shards_the_backbone_in_its_own_dtype(runs: Path) -> None:
