@@ -1,4 +1,4 @@
-"""How training scales over processes: `python -m benchmarks.scaling [recipe=NAME processes=2 rounds=5 key=value ...] [--save]`.
+"""Throughput of several processes against one: `python -m benchmarks.scaling [recipe=NAME processes=2 ...] [--save]`.
 
 One process and several take turns, each process with one thread on a core of its own and the same batch, through
 `python -m trainers.fit`; the throughput is that of metrics.csv after the first line, which holds the first updates'
@@ -34,6 +34,8 @@ def throughput(recipe: str, overrides: dict[str, str], processes: int) -> float:
     """Images per second of all processes together, the median of the lines after the first."""
     with tempfile.TemporaryDirectory() as folder:
         settings = overrides | {"trainer.devices": str(processes), "output_dir": folder, "run": "timed"}
+        if processes == 1:
+            settings["trainer.strategy"] = "auto"  # nobody to talk to
         words = [f"{key}={value}" for key, value in settings.items()]
         command = [sys.executable, "-m", "trainers.fit", f"recipe={recipe}", *words]
         # A process without peers would otherwise take every core, which is not what is compared.
