@@ -1,4 +1,4 @@
-"""Memory by strategy: `python -m benchmarks.strategy_memory [billions=8 learned_millions=80 ranks=8] [--measure --save]`.
+"""Memory by strategy: `python -m benchmarks.strategy_memory [billions=8 learned_millions=80 ranks=8] [--measure]`.
 
 Prints the bytes that each rank holds between steps, by the formulas of docs/cluster.md.  --measure also trains two
 updates of ILF on a random DiT of 0.3 billion parameters with two processes under each strategy, and prints what the

@@ -79,8 +79,8 @@ def _quieten() -> None:
     )
     for message in expected:
         warnings.filterwarnings("ignore", message)
-    # DeepSpeed calls collectives by names that torch deprecates, many times a step.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    # Lightning and DeepSpeed call collectives by names that torch deprecates, many times a step.
+    warnings.filterwarnings("ignore", ".*torch.distributed.*deprecated.*")
 
 
 def train(task: FrozenBackboneTask, folder: RunFolder, console: Console | None = None) -> Trainer:
