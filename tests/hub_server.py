@@ -1,0 +1,426 @@
+"""A model hub on the loopback: what huggingface_hub asks for, with commits that are whole or absent, and failures on order.
+
+It keeps what the real server keeps: users with tokens, private repositories, branches and tags, large files in a store of
+their own under their SHA-256 (reached at another host name, without the token), and a card check before any commit.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, NoReturn
+from urllib.parse import parse_qs, quote, unquote, urlsplit
+
+import yaml
+
+LICENSES = {"apache-2.0", "mit", "openrail++", "cc-by-nc-4.0", "other"}
+TASKS = {"text-to-image", "text-generation", "unconditional-image-generation"}
+LARGE = (".safetensors", ".png")
+NOT_HERE = {"error": "Repository not found"}
+
+
+@dataclass(frozen=True)
+class User:
+    """Who a token belongs to; `may_write` is the token's right."""
+
+    name: str
+    may_write: bool = True
+
+
+@dataclass(frozen=True)
+class File:
+    """One file of a commit."""
+
+    content: bytes
+    large: bool
+
+    @property
+    def oid(self) -> str:
+        """Git's hash of the blob: of the content, or of the pointer to a large file."""
+        blob = f"oid sha256:{self.sha256}\nsize {len(self.content)}\n".encode() if self.large else self.content
+        return hashlib.sha1(b"blob %d\0" % len(blob) + blob).hexdigest()
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.content).hexdigest()
+
+    @property
+    def etag(self) -> str:
+        return self.sha256 if self.large else self.oid
+
+
+@dataclass
+class Repository:
+    """Commits by hash, each a whole tree, and what points at them."""
+
+    private: bool
+    commits: dict[str, dict[str, File]] = field(default_factory=dict)
+    branches: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+
+    def commit(self, branch: str, tree: dict[str, File], summary: str) -> str:
+        parent = self.branches.get(branch, "")
+        listing = sorted((name, file.oid) for name, file in tree.items())
+        sha = hashlib.sha1(json.dumps([parent, summary, len(self.commits), listing]).encode()).hexdigest()
+        self.commits[sha] = tree
+        self.branches[branch] = sha
+        return sha
+
+    def resolve(self, revision: str) -> str | None:
+        if revision in self.commits:
+            return revision
+        return self.branches.get(revision) or self.tags.get(revision)
+
+
+@dataclass
+class Fault:
+    """What goes wrong with requests `METHOD PATH` that match, so many times (-1: always).
+
+    Kinds: an HTTP status; `drop` closes the connection unanswered; `drop_after` does the work first; `hang` answers
+    nothing until the server ends; `short` ends a download's body early; `flip` changes a byte of it.
+    """
+
+    pattern: str
+    kind: int | str
+    times: int = -1
+    headers: dict[str, str] = field(default_factory=dict)
+    body: Any = None
+
+
+class HubServer:
+    """`with HubServer() as hub:` serves at `hub.url`."""
+
+    def __init__(self) -> None:
+        self.users = {"hf_writer": User("you"), "hf_reader": User("you", may_write=False), "hf_other": User("other")}
+        self.repos: dict[str, Repository] = {}
+        self.store: dict[str, bytes] = {}
+        self.faults: list[Fault] = []
+        self.requests: list[str] = []
+        self.lock = threading.RLock()
+        self.ending = threading.Event()
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
+        self.http.daemon_threads = True
+        self.port = self.http.server_address[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.storage = f"http://localhost:{self.port}/storage"  # another host: the token must not follow
+
+    def __enter__(self) -> HubServer:
+        threading.Thread(target=self.http.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ending.set()
+        self.http.shutdown()
+        self.http.server_close()
+
+    def reset(self) -> None:
+        """Forget all repositories, files and faults."""
+        with self.lock:
+            for kept in (self.repos, self.store, self.faults, self.requests):
+                kept.clear()
+
+    def fail(self, pattern: str, kind: int | str, times: int = -1, **more: Any) -> None:
+        """Order a failure; see `Fault`."""
+        self.faults.append(Fault(pattern, kind, times, **more))
+
+    def create(self, name: str, private: bool = False) -> Repository:
+        """A repository as the Hub makes it: with one commit."""
+        repo = self.repos[name] = Repository(private)
+        repo.commit("main", {".gitattributes": File(b"*.safetensors filter=lfs\n", False)}, "initial commit")
+        return repo
+
+    def tree(self, name: str, revision: str = "main") -> dict[str, bytes]:
+        """Contents by file name, without what the server itself put there."""
+        repo = self.repos[name]
+        files = repo.commits[repo.resolve(revision) or ""]
+        return {path: file.content for path, file in files.items() if path != ".gitattributes"}
+
+    def take_fault(self, request: str) -> Fault | None:
+        """The failure that is due for this request."""
+        with self.lock:
+            for fault in self.faults:
+                if fault.times != 0 and re.search(fault.pattern, request):
+                    fault.times -= 1
+                    return fault
+        return None
+
+
+class _Answered(Exception):  # noqa: N818  not an error: leaves the route
+    pass
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: HubServer
+    protocol_version = "HTTP/1.1"
+    fault: Fault | None
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def handle_any(self) -> None:
+        url = urlsplit(self.path)
+        self.query, path = parse_qs(url.query), url.path
+        request = f"{self.command} {path}"
+        with self.hub.lock:
+            self.hub.requests.append(request)
+        self.fault = self.hub.take_fault(request)
+        kind = self.fault.kind if self.fault else None
+        if kind == "hang":
+            self.hub.ending.wait()
+        if kind in ("drop", "hang"):  # in the middle of the upload, if there is one
+            self.rfile.read(int(self.headers.get("Content-Length", 0)) // 2)
+            return self.close()
+        self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        try:
+            if self.fault and isinstance(kind, int):
+                self.answer(kind, self.fault.body, self.fault.headers)
+            self.route(path)
+        except _Answered:
+            pass
+
+    do_GET = do_POST = do_PUT = do_HEAD = do_DELETE = handle_any  # noqa: N815
+
+    def close(self) -> None:
+        self.close_connection = True
+        self.connection.close()
+
+    def answer(self, status: int, body: Any = None, headers: dict[str, str] | None = None) -> NoReturn:
+        data = body if isinstance(body, bytes) else json.dumps({} if body is None else body).encode()
+        if self.fault and self.fault.kind == "drop_after":
+            self.close()
+            raise _Answered
+        self.send_response(status)
+        for name, value in {"Content-Type": "application/json", **(headers or {})}.items():
+            self.send_header(name, value)
+        if not headers or "Content-Length" not in headers:
+            self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+        raise _Answered
+
+    def refuse(self, status: int, message: str, code: str = "") -> NoReturn:
+        headers = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
+        self.answer(status, {"error": message}, headers)
+
+    # Who asks, and for what.
+
+    def user(self) -> User | None:
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if token and token not in self.hub.users:
+            self.refuse(401, "Invalid credentials in Authorization header")
+        return self.hub.users.get(token)
+
+    def repository(self, name: str, write: bool = False) -> Repository:
+        user, repo = self.user(), self.hub.repos.get(name)
+        own = user is not None and name.startswith(f"{user.name}/")
+        if repo is None or (repo.private and not own):
+            if user is None:
+                self.refuse(401, "Invalid username or password.")  # the Hub does not tell strangers what exists
+            self.refuse(404, "Repository not found", "RepoNotFound")
+        if write and user is None:
+            self.refuse(401, "Invalid username or password.")
+        if write and not (own and user and user.may_write):
+            self.refuse(403, f"you do not have the rights to write to {name}")
+        return repo
+
+    def commit_of(self, repo: Repository, revision: str) -> str:
+        return repo.resolve(unquote(revision)) or self.refuse(404, "Invalid rev id", "RevisionNotFound")
+
+    # Routes.
+
+    def route(self, path: str) -> None:
+        repo = r"/api/models/([\w.-]+/[\w.-]+)"
+        routes = [
+            ("POST /api/validate-yaml", self.validate_yaml),
+            ("POST /api/repos/create", self.create_repo),
+            (f"GET {repo}(?:/revision/([^/]+))?", self.model_info),
+            (f"GET {repo}/refs", self.refs),
+            (f"GET {repo}/tree/([^/]+)", self.list_tree),
+            (f"POST {repo}/branch/([^/]+)", self.create_branch),
+            (f"DELETE {repo}/branch/([^/]+)", self.delete_branch),
+            (f"POST {repo}/preupload/([^/]+)", self.preupload),
+            (f"POST {repo}/commit/([^/]+)", self.commit),
+            (r"POST /([\w.-]+/[\w.-]+)\.git/info/lfs/objects/batch", self.lfs_batch),
+            (r"PUT /storage/([0-9a-f]{64})", self.store),
+            (r"(?:GET|HEAD) /storage/([0-9a-f]{64})", self.download_large),
+            (r"(?:GET|HEAD) /([\w.-]+/[\w.-]+)/resolve/([^/]+)/(.+)", self.resolve),
+        ]
+        for pattern, method in routes:
+            if match := re.fullmatch(pattern, f"{self.command} {path}"):
+                with self.hub.lock:
+                    method(*match.groups())
+        self.refuse(404, f"no such route: {path}")
+
+    def validate_yaml(self) -> None:
+        text = json.loads(self.body)["content"]
+        match = re.match(r"---\n(.*?)\n---\n", text, flags=re.S)
+        data = yaml.safe_load(match[1]) if match else {}
+        index = data.get("model-index") or []
+        metrics = [m for entry in index for result in entry["results"] for m in result["metrics"]]
+        wrong = {
+            '"license" must be one of the known licences': data.get("license", "mit") not in LICENSES,
+            '"pipeline_tag" must be a known task': data.get("pipeline_tag", "text-to-image") not in TASKS,
+            '"base_model" must be a model id': not re.fullmatch(r"[\w.-]+/[\w.-]+", data.get("base_model", "a/b")),
+            '"model-index" metrics need type and value': not all({"type", "value"} <= m.keys() for m in metrics),
+        }
+        errors = [{"message": message} for message, holds in wrong.items() if holds]
+        warnings = [] if data else [{"message": "empty or missing yaml metadata in repo card"}]
+        self.answer(400 if errors else 200, {"errors": errors, "warnings": warnings})
+
+    def create_repo(self) -> None:
+        asked, user = json.loads(self.body), self.user()
+        if user is None:
+            self.refuse(401, "Invalid username or password.")
+        owner = asked.get("organization") or user.name
+        name = f"{owner}/{asked['name']}"
+        if owner == "nowhere":
+            self.refuse(404, "the namespace nowhere does not exist")
+        if owner != user.name or not user.may_write:
+            self.refuse(403, f'you do not have the rights to create a model under the namespace "{owner}"')
+        if name in self.hub.repos:
+            self.answer(409, {"error": "You already created this model repo", "url": f"{self.hub.url}/{name}"})
+        self.hub.create(name, asked.get("visibility") == "private")
+        self.answer(200, {"url": f"{self.hub.url}/{name}"})
+
+    def model_info(self, name: str, revision: str | None) -> None:
+        repo = self.repository(name)
+        sha = self.commit_of(repo, revision or "main")
+        siblings = [{"rfilename": path} for path in sorted(repo.commits[sha])]
+        self.answer(200, {"id": name, "modelId": name, "private": repo.private, "sha": sha, "siblings": siblings})
+
+    def refs(self, name: str) -> None:
+        repo = self.repository(name)
+
+        def entries(kind: str, refs: dict[str, str]) -> list[dict[str, str]]:
+            return [{"name": k, "ref": f"refs/{kind}/{k}", "targetCommit": sha} for k, sha in refs.items()]
+
+        self.answer(
+            200, {"branches": entries("heads", repo.branches), "tags": entries("tags", repo.tags), "converts": []}
+        )
+
+    def list_tree(self, name: str, revision: str) -> None:
+        repo = self.repository(name)
+        files = repo.commits[self.commit_of(repo, revision)]
+        self.answer(
+            200,
+            [
+                {"type": "file", "path": path, "size": len(file.content), "oid": file.oid}
+                | ({"lfs": {"oid": file.sha256, "size": len(file.content), "pointerSize": 130}} if file.large else {})
+                for path, file in sorted(files.items())
+            ],
+        )
+
+    def create_branch(self, name: str, branch: str) -> None:
+        repo, branch = self.repository(name, write=True), unquote(branch)
+        if branch in repo.branches:
+            self.refuse(409, "Reference already exists")
+        repo.branches[branch] = self.commit_of(repo, json.loads(self.body or "{}").get("startingPoint", "main"))
+        self.answer(200)
+
+    def delete_branch(self, name: str, branch: str) -> None:
+        del self.repository(name, write=True).branches[unquote(branch)]
+        self.answer(200)
+
+    def preupload(self, name: str, revision: str) -> None:
+        repo, asked = self.repository(name, write=True), json.loads(self.body)
+        files = repo.commits[self.commit_of(repo, revision)]
+        ignored = asked.get("gitIgnore")
+        if ignored is None:
+            ignored = files[".gitignore"].content.decode() if ".gitignore" in files else ""
+        self.answer(
+            200,
+            {
+                "files": [
+                    {
+                        "path": file["path"],
+                        "uploadMode": "lfs" if file["path"].endswith(LARGE) else "regular",
+                        "shouldIgnore": file["path"] in ignored.split(),
+                        "oid": files[file["path"]].etag if file["path"] in files else None,
+                    }
+                    for file in asked["files"]
+                ]
+            },
+        )
+
+    def lfs_batch(self, name: str) -> None:
+        self.repository(name, write=True)
+        objects = []
+        for asked in json.loads(self.body)["objects"]:
+            entry = {"oid": asked["oid"], "size": asked["size"]}
+            if asked["oid"] not in self.hub.store:
+                href = f"{self.hub.storage}/{asked['oid']}?signature=upload"
+                entry |= {"actions": {"upload": {"href": href, "header": {}}}}
+            objects.append(entry)
+        self.answer(200, {"transfer": "basic", "objects": objects})
+
+    def signed(self, kind: str) -> None:
+        if self.query.get("signature") != [kind] or "Authorization" in self.headers:
+            self.refuse(400, "the storage takes a signature and no token")
+
+    def store(self, oid: str) -> None:
+        self.signed("upload")
+        if hashlib.sha256(self.body).hexdigest() != oid:
+            self.refuse(400, "the content does not match its sha256")
+        self.hub.store[oid] = self.body
+        self.answer(200)
+
+    def commit(self, name: str, revision: str) -> None:
+        repo, branch = self.repository(name, write=True), unquote(revision)
+        lines = [json.loads(line) for line in self.body.splitlines()]
+        header = lines[0]["value"]
+        if branch not in repo.branches:
+            self.refuse(404, "Invalid rev id", "RevisionNotFound")
+        head = repo.branches[branch]
+        if header.get("parentCommit", head) != head:
+            self.refuse(412, "A commit has happened since. Please refresh and try again.")
+        tree = dict(repo.commits[head])
+        for line in lines[1:]:
+            value, path = line["value"], line["value"]["path"]
+            if line["key"] == "file":
+                tree[path] = File(base64.b64decode(value["content"]), False)
+            elif line["key"] == "lfsFile":
+                if value["oid"] not in self.hub.store:
+                    self.refuse(400, f"LFS object {value['oid']} was not uploaded")
+                tree[path] = File(self.hub.store[value["oid"]], True)
+            elif line["key"] == "deletedFile":
+                if tree.pop(path, None) is None:
+                    self.refuse(400, f"there is no {path}")
+        sha = repo.commit(branch, tree, header["summary"])  # nothing of it was visible before this line
+        self.answer(200, {"commitUrl": f"{self.hub.url}/{name}/commit/{sha}", "commitOid": sha})
+
+    def resolve(self, name: str, revision: str, path: str) -> None:
+        repo = self.repository(name)
+        sha = self.commit_of(repo, revision)
+        headers = {"X-Repo-Commit": sha}
+        file = repo.commits[sha].get(unquote(path))
+        if file is None:
+            self.answer(404, {}, headers | {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found"})
+        if not file.large:
+            self.download(file, headers)
+        location = f"{self.hub.storage}/{file.sha256}?signature=download&name={quote(path)}"
+        linked = {"X-Linked-Etag": f'"{file.sha256}"', "X-Linked-Size": str(len(file.content)), "ETag": f'"{file.oid}"'}
+        self.answer(302, b"", headers | linked | {"Location": location})
+
+    def download_large(self, oid: str) -> None:
+        self.signed("download")
+        self.download(File(self.hub.store[oid], True), {})
+
+    def download(self, file: File, headers: dict[str, str]) -> None:
+        content, start, kind = file.content, 0, self.fault.kind if self.fault else None
+        if match := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
+            start = int(match[1])
+            headers |= {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}
+        if kind == "flip":
+            content = content[:-1] + bytes([content[-1] ^ 1])
+        size = len(content) - start
+        sent = content[start : start + size // 2] if kind == "short" else content[start:]
+        headers |= {"ETag": f'"{file.etag}"', "Content-Length": str(size), "Accept-Ranges": "bytes"}
+        if kind == "short":
+            self.close_connection = True  # the body ends before the length that was announced
+        self.answer(206 if start else 200, sent, headers | {"Content-Type": "application/octet-stream"})
