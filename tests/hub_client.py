@@ -1,7 +1,7 @@
 """Commands and code that talk to a hub, each in a process of its own.
 
-The client reads HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE when it is imported.  A server process imports torch and what is
-ours once and forks for every call, with an environment of its own, before huggingface_hub is imported.
+The client reads HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE when it is imported.  One process imports torch and what is ours
+once, and forks for every call, with an environment of its own, before huggingface_hub is imported.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A model hub on the loopback: what huggingface_hub asks for, with commits that are whole or absent, and failures on order.
+"""A model hub on the loopback: what huggingface_hub asks for, commits that are whole or absent, failures on order.
 
-It keeps what the real server keeps: users with tokens, private repositories, branches and tags, large files in a store of
-their own under their SHA-256 (reached at another host name, without the token), and a card check before any commit.
+As on the real one there are users with tokens, private repositories, branches and tags, a check of cards, and a store
+for large files under their SHA-256, reached at another host name and without the token.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import yaml
 LICENSES = {"apache-2.0", "mit", "openrail++", "cc-by-nc-4.0", "other"}
 TASKS = {"text-to-image", "text-generation", "unconditional-image-generation"}
 LARGE = (".safetensors", ".png")
-NOT_HERE = {"error": "Repository not found"}
 
 
 @dataclass(frozen=True)
@@ -297,24 +296,20 @@ class _Handler(BaseHTTPRequestHandler):
     def refs(self, name: str) -> None:
         repo = self.repository(name)
 
-        def entries(kind: str, refs: dict[str, str]) -> list[dict[str, str]]:
-            return [{"name": k, "ref": f"refs/{kind}/{k}", "targetCommit": sha} for k, sha in refs.items()]
-
+        named = {"branches": repo.branches, "tags": repo.tags, "converts": {}}
         self.answer(
-            200, {"branches": entries("heads", repo.branches), "tags": entries("tags", repo.tags), "converts": []}
+            200, {k: [{"name": n, "ref": n, "targetCommit": sha} for n, sha in v.items()] for k, v in named.items()}
         )
 
     def list_tree(self, name: str, revision: str) -> None:
         repo = self.repository(name)
         files = repo.commits[self.commit_of(repo, revision)]
-        self.answer(
-            200,
-            [
-                {"type": "file", "path": path, "size": len(file.content), "oid": file.oid}
-                | ({"lfs": {"oid": file.sha256, "size": len(file.content), "pointerSize": 130}} if file.large else {})
-                for path, file in sorted(files.items())
-            ],
-        )
+        entries = []
+        for path, file in sorted(files.items()):
+            entries.append({"type": "file", "path": path, "size": len(file.content), "oid": file.oid})
+            if file.large:
+                entries[-1]["lfs"] = {"oid": file.sha256, "size": len(file.content), "pointerSize": 130}
+        self.answer(200, entries)
 
     def create_branch(self, name: str, branch: str) -> None:
         repo, branch = self.repository(name, write=True), unquote(branch)
@@ -333,20 +328,16 @@ class _Handler(BaseHTTPRequestHandler):
         ignored = asked.get("gitIgnore")
         if ignored is None:
             ignored = files[".gitignore"].content.decode() if ".gitignore" in files else ""
-        self.answer(
-            200,
+        modes = [
             {
-                "files": [
-                    {
-                        "path": file["path"],
-                        "uploadMode": "lfs" if file["path"].endswith(LARGE) else "regular",
-                        "shouldIgnore": file["path"] in ignored.split(),
-                        "oid": files[file["path"]].etag if file["path"] in files else None,
-                    }
-                    for file in asked["files"]
-                ]
-            },
-        )
+                "path": (path := file["path"]),
+                "uploadMode": "lfs" if path.endswith(LARGE) else "regular",
+                "shouldIgnore": path in ignored.split(),
+                "oid": files[path].etag if path in files else None,
+            }
+            for file in asked["files"]
+        ]
+        self.answer(200, {"files": modes})
 
     def lfs_batch(self, name: str) -> None:
         self.repository(name, write=True)

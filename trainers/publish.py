@@ -1,4 +1,4 @@
-"""`python -m trainers.publish adapter=<dir> repo=<ns/name>`: an exported adapter, its card and its report to the Hub."""
+"""`python -m trainers.publish adapter=<dir> repo=<ns/name>`: send an adapter with its card and report to the Hub."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
 USAGE = """usage: python -m trainers.publish adapter=<folder> repo=<namespace/name> [key=value ...]
 
-Checks the adapter and that its report is its own, writes a card with licence, backbone and measurements, and sends all
-of it as one commit.  Log in first with `hf auth login`, or set HF_TOKEN.  --print shows the resolved settings and exits."""
+Checks the adapter and that its report is its own, writes a card with licence, backbone and measurements, and sends
+all of it as one commit.  Log in first with `hf auth login`, or set HF_TOKEN.  --print shows the resolved settings and
+exits."""
 
 _EMBEDDED = Path(__file__).resolve().parents[1] / "data" / "embedded"
 _REPORTS = ("report.json", "report.md", "report.png")
