@@ -1,7 +1,7 @@
 """Commands and code that talk to a hub, each in a process of its own.
 
-The client reads HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE when it is imported.  One process imports torch and what is ours
-once, and forks for every call, with an environment of its own, before huggingface_hub is imported.
+The client reads HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE when it is imported.  One process imports torch and our
+code once, and forks for every call, with an environment of its own, before huggingface_hub is imported.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ ROOT = Path(__file__).resolve().parents[1]
 _SERVER = """
 import json, os, runpy, sys, time, traceback
 import hydra, torch, checkpoints.card, checkpoints.load, checkpoints.push, trainers.recipes, trainers.verdict
-assert "huggingface_hub" not in sys.modules
+import huggingface_hub.hf_api
+for name in [name for name in sys.modules if name.startswith("huggingface_hub")]:
+    del sys.modules[name]  # what it needs stays imported
 
 def work(job):
     for number, name in ((1, "out"), (2, "err")):
@@ -73,7 +75,7 @@ class Done:
 class Client:
     """Runs in `folder`, with `folder/home` as HF_HOME."""
 
-    server: subprocess.Popen[str]
+    process: subprocess.Popen[str]
     folder: Path
     env: dict[str, str] = field(default_factory=dict)
 
@@ -82,21 +84,21 @@ class Client:
         out, err = self.folder / "stdout.txt", self.folder / "stderr.txt"
         environment = {"HF_HOME": str(self.folder / "home"), "HF_HUB_DISABLE_PROGRESS_BARS": "1", **self.env, **env}
         job = {"words": words, "env": environment, "cwd": str(self.folder), "out": str(out), "err": str(err)}
-        assert self.server.stdin and self.server.stdout
-        self.server.stdin.write(json.dumps(job) + "\n")
-        self.server.stdin.flush()
-        return Done(int(self.server.stdout.readline()), out.read_text(), err.read_text())
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        return Done(int(self.process.stdout.readline()), out.read_text(), err.read_text())
 
 
 @contextmanager
-def client_server() -> Iterator[subprocess.Popen[str]]:
+def client_process() -> Iterator[subprocess.Popen[str]]:
     """The process that forks."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     environment = kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "NO_PROXY": "*"}
     pipe = subprocess.PIPE
     with subprocess.Popen(
         [sys.executable, "-c", _SERVER], stdin=pipe, stdout=pipe, text=True, env=environment
-    ) as server:
-        yield server
-        assert server.stdin
-        server.stdin.close()
+    ) as process:
+        yield process
+        assert process.stdin
+        process.stdin.close()

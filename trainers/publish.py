@@ -172,7 +172,19 @@ def _license(manifest: Manifest, chosen: str | None) -> License:
         raise AdapterError(f"the licence of {base} cannot be read ({one_sentence(error)}); give license=") from error
     if not isinstance(data.license, str):
         raise AdapterError(f"the card of {base} names no licence; give license=, for example license=apache-2.0")
-    return License(data.license, data.license_name, data.license_link, inherited=True)
+    return License(data.license, data.license_name, _whole_link(data.license_link, manifest), inherited=True)
+
+
+def _whole_link(link: str | None, manifest: Manifest) -> str | None:
+    """A link that also holds in another repository than the backbone's; None if there is none."""
+    from huggingface_hub import constants
+
+    from checkpoints.card import base_on_hub
+
+    if not link or urlsplit(link).scheme:
+        return link
+    base = base_on_hub(manifest)
+    return f"{constants.ENDPOINT}/{base}/blob/{manifest.base_model_revision or 'main'}/{link}" if base else None
 
 
 def _backbone_card(manifest: Manifest) -> Any:
