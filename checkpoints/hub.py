@@ -106,6 +106,8 @@ def because(error: BaseException, repo: str) -> str:
         return f"{constants.ENDPOINT} cannot be reached; check the network and HF_ENDPOINT"
     if isinstance(found, transport.TransportError):
         return f"the connection to {constants.ENDPOINT} was lost; try again"
+    if "xet-write-token" in str(found):  # the xet client's own error has no other mark
+        return f"{constants.ENDPOINT} has no xet storage; leave HF_HUB_DISABLE_XET unset, or set it to 1"
     return one_sentence(str(found).partition("\n")[0])
 
 

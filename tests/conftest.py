@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from subprocess import Popen
 
 import pytest
 
@@ -13,18 +14,23 @@ from tests.hub_server import HubServer
 
 
 @pytest.fixture(scope="session")
-def hub_process() -> Iterator[subprocess.Popen[str]]:
-    with client_process() as process:
-        yield process
+def hub_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[HubServer, Popen[str], Path]]:
+    home = tmp_path_factory.mktemp("hub_home")
+    with HubServer() as server, client_process(server.url, home) as process:
+        yield server, process, home
 
 
 @pytest.fixture
-def hub() -> Iterator[HubServer]:
-    with HubServer() as server:
-        yield server
+def hub(hub_session: tuple[HubServer, Popen[str], Path]) -> HubServer:
+    """An empty hub."""
+    server, _, home = hub_session
+    server.reset()
+    shutil.rmtree(home, ignore_errors=True)
+    return server
 
 
 @pytest.fixture
-def client(hub: HubServer, hub_process: subprocess.Popen[str], tmp_path: Path) -> Client:
-    """Somebody who may write as `you`, with a cache of their own."""
-    return Client(hub_process, tmp_path, {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_writer"})
+def client(hub: HubServer, hub_session: tuple[HubServer, Popen[str], Path], tmp_path: Path) -> Client:
+    """Somebody who may write as `you`, with an empty cache."""
+    _, process, home = hub_session
+    return Client(process, tmp_path, home)

@@ -1,7 +1,7 @@
 """Commands and code that talk to a hub, each in a process of its own.
 
-The client reads HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE when it is imported.  One process imports torch and our
-code once, and forks for every call, with an environment of its own, before huggingface_hub is imported.
+The library reads HF_ENDPOINT, HF_HOME and others when it is imported.  One process imports everything once, for the
+hub of the session, and forks for every call; a call that changes one of these variables has the library imported anew.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,15 +20,17 @@ ROOT = Path(__file__).resolve().parents[1]
 _SERVER = """
 import json, os, runpy, sys, time, traceback
 import hydra, torch, checkpoints.card, checkpoints.load, checkpoints.push, trainers.recipes, trainers.verdict
-import huggingface_hub.hf_api
-for name in [name for name in sys.modules if name.startswith("huggingface_hub")]:
-    del sys.modules[name]  # what it needs stays imported
+import huggingface_hub.hf_api, huggingface_hub._commit_api, huggingface_hub.repocard
 
 def work(job):
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.chdir(job["cwd"])
     os.environ.update(job["env"])
+    if job["anew"]:
+        os.environ.pop("HF_HUB_DISABLE_XET") if "HF_HUB_DISABLE_XET" not in job["env"] else None
+        for name in [name for name in sys.modules if name.startswith("huggingface_hub")]:
+            del sys.modules[name]
     sleep = time.sleep
     time.sleep = lambda seconds: sleep(min(seconds, 0.001))  # the client waits up to a minute between its attempts
     try:
@@ -73,17 +75,18 @@ class Done:
 
 @dataclass
 class Client:
-    """Runs in `folder`, with `folder/home` as HF_HOME."""
+    """Runs commands in `folder`."""
 
     process: subprocess.Popen[str]
     folder: Path
-    env: dict[str, str] = field(default_factory=dict)
+    home: Path
 
     def run(self, *words: str, **env: str) -> Done:
         """`module key=value ...`, or `-c code`."""
         out, err = self.folder / "stdout.txt", self.folder / "stderr.txt"
-        environment = {"HF_HOME": str(self.folder / "home"), "HF_HUB_DISABLE_PROGRESS_BARS": "1", **self.env, **env}
-        job = {"words": words, "env": environment, "cwd": str(self.folder), "out": str(out), "err": str(err)}
+        anew = any(name != "HF_TOKEN" for name in env)
+        places = {"cwd": str(self.folder), "out": str(out), "err": str(err)}
+        job = {"words": words, "env": {"HF_TOKEN": "hf_writer", **env}, "anew": anew, **places}
         assert self.process.stdin and self.process.stdout
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
@@ -91,10 +94,11 @@ class Client:
 
 
 @contextmanager
-def client_process() -> Iterator[subprocess.Popen[str]]:
-    """The process that forks."""
+def client_process(url: str, home: Path) -> Iterator[subprocess.Popen[str]]:
+    """The process that forks, for the hub at `url` and with its cache in `home`."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    environment = kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "NO_PROXY": "*"}
+    ours = {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    environment = kept | ours | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "NO_PROXY": "*"}
     pipe = subprocess.PIPE
     with subprocess.Popen(
         [sys.executable, "-c", _SERVER], stdin=pipe, stdout=pipe, text=True, env=environment

@@ -42,7 +42,8 @@ class HubServer:
         self.http.server_close()
 
     def reset(self) -> None:
-        """Forget all repositories, files and faults."""
+        """Forget all repositories, files, faults, and what a test put in the way of them."""
+        vars(self).pop("take_fault", None)
         with self.lock:
             for kept in (self.repos, self.store, self.faults, self.requests):
                 kept.clear()

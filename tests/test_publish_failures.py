@@ -161,6 +161,13 @@ def test_a_server_that_goes_for_good_is_not_claimed_to_be_unchanged(client, hub,
     assert not hub.tree("you/fast")
 
 
+def test_a_server_without_xet_is_sent_large_files_by_lfs(client: Client, hub: HubServer, adapter: Path) -> None:
+    done = client.run(*PUBLISH, HF_HUB_DISABLE_XET="0")
+    failed(done, "no xet storage; leave HF_HUB_DISABLE_XET unset, or set it to 1")
+    assert client.run(*PUBLISH, HF_ENDPOINT=hub.url).code == 0  # with the library imported after the choice
+    assert not [request for request in hub.requests if "xet-" in request][1:]
+
+
 @pytest.mark.parametrize("pattern", [UPLOAD, COMMIT, "GET .*/tree/"])
 def test_a_branch_made_for_a_commit_that_fails_goes_again(pattern: str, client, hub, adapter) -> None:
     hub.create("you/fast")
