@@ -50,11 +50,10 @@ def fetch(repo: str, revision: str | None = None) -> Path:
         )
         _check_snapshot(folder, repo)
     except errors.LocalEntryNotFoundError as error:
-        part = "a part of" if hasattr(error, "snapshot_path") else "no"
-        at = f" at {revision}" if revision else ""
-        reason = silence or because(error, repo)
+        part = "only a part" if hasattr(error, "snapshot_path") else "nothing"
+        at, reason = f" at {revision}" if revision else "", silence or because(error, repo)
         raise AdapterError(
-            f"there is no folder {repo}, and of the Hub's {repo}{at} {part} copy is cached: {reason}; "
+            f"there is no folder {repo}, and {part} of the Hub's {repo}{at} is cached ({reason}); "
             "load it once with a connection"
         ) from error
     except AdapterError:
