@@ -58,11 +58,11 @@ def push(
     """
     from huggingface_hub import HfApi, constants, get_session, get_token
 
-    if get_token() is None:
-        raise AdapterError(f"{repo} was not published: nobody is logged in; {LOG_IN}")
     get_session().timeout = _SILENCE_S
     job = _Push(HfApi(), repo, files, branch or constants.DEFAULT_REVISION)
     try:
+        if get_token() is None:
+            raise AdapterError(f"nobody is logged in; {LOG_IN}")
         _validate_card(files[CARD_FILE].decode())
         job.make_repository(private)
         job.make_branch()

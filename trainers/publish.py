@@ -50,17 +50,17 @@ def run(config: PublishConfig) -> None:
     """
     _choose_transfer()
     from checkpoints.card import Place, card
-    from checkpoints.manifest import CARD_FILE, AdapterError
+    from checkpoints.manifest import CARD_FILE, AdapterError, find_adapter
     from checkpoints.push import push
     from trainers.verdict import verdict_text
 
-    folder = Path(config.adapter)
+    folder = find_adapter(config.adapter)
     manifest, files = read_adapter(folder)
     measured = _present(folder, _REPORTS)
     report = own_report(folder, manifest, files | measured, unmeasured=config.unmeasured)
     files |= measured if report else {}
-    if (folder.resolve().parent / "provenance.json").is_file():
-        files |= _present(folder.resolve().parent, [_RECIPE])
+    if (folder.parent / "provenance.json").is_file():
+        files |= _present(folder.parent, [_RECIPE])
     terms = _license(manifest, config.license)
     place = Place(config.repo, terms, config.revision, plot="report.png" in files)
     try:
