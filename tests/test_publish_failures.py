@@ -180,6 +180,23 @@ def test_a_branch_made_for_a_commit_that_fails_goes_again(pattern: str, client, 
     assert client.run(*PUBLISH, "revision=next").code == 0 and hub.tree("you/fast", "next") and not hub.tree("you/fast")
 
 
+def test_an_interrupt_is_told_and_leaves_nothing(client: Client, hub: HubServer, adapter: Path) -> None:
+    hub.create("you/fast")
+    before = state(hub)
+    words = ", ".join(map(repr, [*PUBLISH[1:], "revision=next"]))
+    code = f"""
+import signal, sys, trainers.publish as t, huggingface_hub as h
+commit = h.HfApi.create_commit
+def interrupted(*args, **kwargs):
+    signal.raise_signal(signal.SIGINT)
+    return commit(*args, **kwargs)
+h.HfApi.create_commit = interrupted
+sys.exit(t.main([{words}]))
+"""
+    failed(client.run("-c", code), "it was interrupted")
+    assert state(hub) == before
+
+
 def test_a_repository_made_for_a_commit_that_fails_stays_and_is_told(client, hub, adapter) -> None:
     hub.fail(COMMIT, 500)
     done = client.run(*PUBLISH)
