@@ -113,9 +113,9 @@ def local_folder(adapter: str | Path, revision: str | None) -> Path:
     """The adapter folder itself, or where a Hub id's files were fetched to; AdapterError if there is neither."""
     try:
         return find_adapter(adapter)
-    except AdapterError:
+    except AdapterError as error:
         if isinstance(adapter, Path) or not HUB_ID.fullmatch(adapter):
-            raise
+            raise AdapterError(f"{error}, or a Hub id") from None
     return fetch(adapter, revision)
 
 

@@ -104,7 +104,7 @@ def find_adapter(folder: str | Path) -> Path:
         return path
     if aside_of(path).is_dir():
         return aside_of(path)
-    raise AdapterError(f"there is no adapter folder {folder}; give the folder that holds {CONFIG_FILE}, or a Hub id")
+    raise AdapterError(f"there is no adapter folder {folder}; give the folder that holds {CONFIG_FILE}")
 
 
 def read_manifest(folder: str | Path) -> Manifest:
