@@ -17,8 +17,9 @@ def load_adapter(target: Any, adapter: str | Path, *, revision: str | None = Non
 
     Args:
         target: a diffusers pipeline or the model itself, as its own library loaded it.
-        adapter: an adapter folder, or a Hub id (JSON, safetensors and Markdown are fetched, nothing is executed).
-        revision: commit, tag or branch of a Hub id.
+        adapter: an adapter folder, or a Hub id (JSON, safetensors and card are fetched, nothing is executed; if the
+            Hub does not answer, the cached copy is taken, with a warning).
+        revision: commit, tag or branch of a Hub id; a commit never changes.
     Returns:
         the handle: `pipe(..., **handle.call_kwargs)` runs accelerated, `handle.detach()` undoes everything.
     Raises:

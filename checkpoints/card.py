@@ -1,72 +1,167 @@
-"""The README.md of an adapter: how to load it, what was measured, and where it ends."""
+"""The README.md of an adapter: how to load it, what was measured, where it ends, and the Hub's metadata."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from checkpoints.manifest import Manifest
+from checkpoints.manifest import HUB_ID, Manifest
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+PLOT_FILE = "report.png"
+
+# What the Hub's filter calls a backbone, and an input to try it with; it has no name for class-conditional images.
+_TASKS = {"PixArtTransformer2DModel": ("text-to-image", '"a red circle on a grey background"')}
+_ANY_INPUT = "[1]"
+_METRICS = {"psnr_db": "PSNR (dB)", "ssim": "SSIM", "mse": "mean squared error"}
 
 
-def card(manifest: Manifest, report: Mapping[str, Any] | None = None, verdict: str = "") -> str:
+@dataclass(frozen=True)
+class License:
+    """Under which terms an adapter is published.
+
+    Attributes:
+        id: as the Hub calls it: apache-2.0, openrail++, other ...
+        name, link: of a licence whose id is other.
+        inherited: it is the backbone's own, not one that the publisher chose.
+    """
+
+    id: str
+    name: str | None = None
+    link: str | None = None
+    inherited: bool = False
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an adapter is published.
+
+    Attributes:
+        repo: Hub id.
+        revision: branch that has to be named to load it; None is the default one.
+        plot: report.png lies beside the card.
+    """
+
+    repo: str
+    license: License
+    revision: str | None = None
+    plot: bool = False
+
+
+def card(
+    manifest: Manifest, report: Mapping[str, Any] | None = None, verdict: str = "", place: Place | None = None
+) -> str:
     """Markdown with the Hub's front matter.
 
     Args:
         manifest: the adapter's.
         report: the content of `report.json`; None says "unmeasured".
         verdict: one paragraph on whether it beats the untrained and plain alternatives.
+        place: where it is published; None is a folder on its maker's disk.
     """
-    name = manifest.made_by.get("recipe", manifest.method)
+    name = manifest.made_by.get("recipe") or manifest.method
     parts = [
-        _front_matter(manifest),
+        f"---\n{_metadata(manifest, report, name, place)}\n---",
         f"# {name}: {manifest.method} for {manifest.base_model_name_or_path}",
-        "A small module that accelerates a frozen backbone, whose own weights stay as they are and are not in here.",
-        f"## Load it\n\n{_snippet(manifest)}",
-        f"## Measured\n\n{_measured(report, verdict)}",
+        _what(manifest),
+        f"## Load it\n\n{_snippet(manifest, place)}",
+        f"## Measured\n\n{_measured(manifest, report, verdict, place)}",
         f"## Limits\n\n{_limits(manifest)}",
+        *([f"## Licence\n\n{_license(manifest, place.license)}"] if place else []),
         f"## Made by\n\n{_table(manifest.made_by)}",
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _front_matter(manifest: Manifest) -> str:
-    lines = ["library_name: diffusers"]
-    if _HUB_ID.fullmatch(manifest.base_model_name_or_path):  # the Hub refuses a base_model that is no Hub id
-        lines.append(f"base_model: {manifest.base_model_name_or_path}")
-    lines += ["tags:", "- afterburner", "- acceleration", f"- {manifest.method}"]
-    return "\n".join(["---", *lines, "---"])
+def base_on_hub(manifest: Manifest) -> str | None:
+    """The backbone's Hub id; None if it is a folder or an embedded one."""
+    base = manifest.base_model_name_or_path
+    return base if HUB_ID.fullmatch(base) and not Path(base).exists() else None
 
 
-def _snippet(manifest: Manifest) -> str:
+def _task(manifest: Manifest) -> tuple[str | None, str]:
+    return _TASKS.get(str(manifest.base_model_config.get("class")), (None, _ANY_INPUT))
+
+
+def _metadata(manifest: Manifest, report: Mapping[str, Any] | None, name: str, place: Place | None) -> str:
+    from huggingface_hub import ModelCardData
+
+    base, (task, _) = base_on_hub(manifest), _task(manifest)
+    terms = place.license if place else None
+    results = _results(report, task) if report and task else None
+    data = ModelCardData(
+        license=terms.id if terms else None,
+        license_name=terms.name if terms else None,
+        license_link=terms.link if terms else None,
+        library_name="afterburner",
+        base_model=base,  # the Hub refuses one that is no Hub id
+        base_model_relation="adapter" if base else None,
+        pipeline_tag=task,
+        tags=["afterburner", "acceleration", "diffusers", manifest.method],
+        model_name=name if results else None,
+        eval_results=results,
+    )
+    return str(data.to_yaml())
+
+
+def _results(report: Mapping[str, Any], task: str) -> list[Any] | None:
+    """The adapter's row as entries of the Hub's model index."""
+    from huggingface_hub import EvalResult
+
+    inputs = f"{report['inputs']} held-out inputs" if "inputs" in report else "held-out inputs"
+    compared = f"{inputs}, against {report['reference']}" if "reference" in report else inputs
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type="held-out",
+            dataset_name=compared,
+            metric_type=metric,
+            metric_name=_METRICS.get(metric, metric),
+            metric_value=value,
+        )
+        for row in report["rows"]
+        if row["kind"] == "adapter"
+        for metric, value in {"speedup": row["speedup"], **row["quality"]}.items()
+    ] or None
+
+
+def _what(manifest: Manifest) -> str:
+    revision = f" at revision `{manifest.base_model_revision}`" if manifest.base_model_revision else ""
+    return (
+        f"A small module that accelerates the frozen backbone `{manifest.base_model_name_or_path}`{revision}. "
+        "The backbone's own weights stay as they are and are not in here."
+    )
+
+
+def _snippet(manifest: Manifest, place: Place | None) -> str:
     base = manifest.base_model_name_or_path
     path = f"data/embedded/{base.removeprefix('embedded:')}" if base.startswith("embedded:") else base
-    revision = f', revision="{manifest.base_model_revision}"' if manifest.base_model_revision else ""
+    at_base = f', revision="{manifest.base_model_revision}"' if manifest.base_model_revision else ""
+    at = f', revision="{place.revision}"' if place and place.revision else ""
     lines = [
         "from diffusers import DiffusionPipeline",
         "from afterburner import load_adapter",
-        f'pipe = DiffusionPipeline.from_pretrained("{path}"{revision})',
-        'handle = load_adapter(pipe, "<this folder or its Hub id>")',
-        "images = pipe(inputs, **handle.call_kwargs).images  # handle.detach() gives the plain pipeline back",
+        f'pipe = DiffusionPipeline.from_pretrained("{path}"{at_base})',
+        f'handle = load_adapter(pipe, "{place.repo if place else "<this folder>"}"{at})',
+        f"images = pipe({_task(manifest)[1]}, **handle.call_kwargs).images  # handle.detach() undoes it",
     ]
     return "\n".join(["```python", *lines, "```"])
 
 
-def _measured(report: Mapping[str, Any] | None, verdict: str) -> str:
+def _measured(manifest: Manifest, report: Mapping[str, Any] | None, verdict: str, place: Place | None) -> str:
     if report is None:
-        return (
-            "Unmeasured; `python -m trainers.evaluate adapter=<this folder>` compares it with its backbone and rivals."
-        )
+        adapter = place.repo if place else "<this folder>"
+        return f"Unmeasured; `python -m trainers.evaluate adapter={adapter}` compares it with its backbone and rivals."
     rows = report["rows"]
     metrics = sorted({key for row in rows for key in row["quality"]})
     work = sorted({key for row in rows for key in row["work"]} & {"blocks", "tokens_per_step", "kept_units"})
     head = ["", "kind", "speedup", "range", "latency (ms)", *work, *metrics]
     lines = [_line(head), _line(["---"] * len(head)), *(_line(_cells(row, work, metrics)) for row in rows)]
     code = report.get("commit") or "an unknown commit"
-    place = f"On {report['device']}, code {code}, seed {report['seed']}; speedup is against the row of kind baseline."
-    return "\n\n".join(part for part in ("\n".join(lines), place, verdict) if part)
+    where = f"On {report['device']}, code {code}, seed {report['seed']}; speedup is against the row of kind baseline."
+    plot = f"![Quality against speed]({PLOT_FILE})" if place and place.plot else ""
+    return "\n\n".join(part for part in ("\n".join(lines), verdict, plot, where) if part)
 
 
 def _cells(row: Mapping[str, Any], work: list[str], metrics: list[str]) -> list[str]:
@@ -81,6 +176,14 @@ def _limits(manifest: Manifest) -> str:
     if not manifest.valid_for:
         return f"{base}; `load_adapter` refuses anything else."
     return f"{base} and the settings below; anything else is refused.\n\n{_table(manifest.valid_for)}"
+
+
+def _license(manifest: Manifest, terms: License) -> str:
+    what = f"[{terms.name or terms.id}]({terms.link})" if terms.link else f"`{terms.name or terms.id}`"
+    base = f"`{manifest.base_model_name_or_path}`"
+    if terms.inherited:
+        return f"{what}: the licence of the backbone {base}, on whose weights and outputs this adapter was trained."
+    return f"{what}: chosen for this adapter by who published it. The backbone {base} keeps a licence of its own."
 
 
 def _table(values: Mapping[str, Any]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,13 +14,16 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from checkpoints.hub import fetch
 from checkpoints.manifest import (
     CONFIG_FILE,
+    HUB_ID,
     TENSORS_FILE,
     AdapterError,
     Manifest,
     check_valid_for,
     find_adapter,
+    one_sentence,
     read_manifest,
 )
 
@@ -32,8 +34,6 @@ Expected = Mapping[str, tuple[tuple[int, ...], torch.dtype | None]]
 
 _MAX_HEADER_BYTES = 16 * 1024**2
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
-_FETCHED = ["*.json", "*.safetensors", "*.md"]
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -56,8 +56,8 @@ def load_adapter(target: Any, adapter: str | Path, *, revision: str | None = Non
 
     Args:
         target: a diffusers pipeline, or the backbone itself.
-        adapter: an adapter folder, or a Hub id (JSON, safetensors and Markdown files are fetched, nothing is executed).
-        revision: commit, tag or branch of a Hub id.
+        adapter: an adapter folder, or a Hub id, fetched and checked by `checkpoints.hub.fetch`; nothing is executed.
+        revision: commit, tag or branch of a Hub id; a commit never changes.
     Returns:
         the handle of the method's own `attach`.
     Raises:
@@ -71,15 +71,11 @@ def load_adapter(target: Any, adapter: str | Path, *, revision: str | None = Non
     try:
         handle: Handle = attach(target, manifest, tensors)
     except (RuntimeError, TypeError, KeyError) as error:  # load_state_dict and the module's config speak in these
-        reason = _one_sentence(error)
+        reason = one_sentence(error)
         raise AdapterError(
             f"the {manifest.method} adapter in {folder} does not fit this code's module: {reason}"
         ) from error
     return handle
-
-
-def _one_sentence(error: Exception) -> str:
-    return " ".join(str(error).split()).replace(". ", "; ").rstrip(".")
 
 
 def backbone_of(target: Any) -> nn.Module:
@@ -117,16 +113,10 @@ def local_folder(adapter: str | Path, revision: str | None) -> Path:
     """The adapter folder itself, or where a Hub id's files were fetched to; AdapterError if there is neither."""
     try:
         return find_adapter(adapter)
-    except AdapterError:
-        if isinstance(adapter, Path) or not _HUB_ID.fullmatch(adapter):
-            raise
-    from huggingface_hub import snapshot_download  # only who loads from the Hub pays for it
-
-    try:
-        return Path(snapshot_download(adapter, revision=revision, allow_patterns=_FETCHED))
-    except (OSError, ValueError) as error:  # all of the Hub's own errors derive from these
-        reason = _one_sentence(error)
-        raise AdapterError(f"there is no folder {adapter}, and from the Hub it cannot be fetched: {reason}") from error
+    except AdapterError as error:
+        if isinstance(adapter, Path) or not HUB_ID.fullmatch(adapter):
+            raise AdapterError(f"{error}, or a Hub id") from None
+    return fetch(adapter, revision)
 
 
 def read_tensors(folder: str | Path, expected: Expected | None = None) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ FORMAT = 1
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
 CARD_FILE = "README.md"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 _MAX_CONFIG_BYTES = 4 * 1024**2
 _SAMPLED_SIGNS = 256  # of each tensor
@@ -85,6 +87,11 @@ class Manifest:
             ) from error
 
 
+def one_sentence(error: object) -> str:
+    """Somebody else's message, to be quoted within a sentence of ours."""
+    return " ".join(str(error).split()).replace(". ", "; ").rstrip(".")
+
+
 def aside_of(folder: Path) -> Path:
     """Where an older adapter waits while a file system without atomic exchange puts the newer one in its place."""
     return folder.with_name(f".{folder.name}.old")
@@ -97,13 +104,18 @@ def find_adapter(folder: str | Path) -> Path:
         return path
     if aside_of(path).is_dir():
         return aside_of(path)
-    raise AdapterError(f"there is no adapter folder {folder}; give the folder that holds {CONFIG_FILE}, or a Hub id")
+    raise AdapterError(f"there is no adapter folder {folder}; give the folder that holds {CONFIG_FILE}")
 
 
 def read_manifest(folder: str | Path) -> Manifest:
     """The manifest of an adapter folder; AdapterError says what is missing, damaged, or newer than this code."""
     path = find_adapter(folder) / CONFIG_FILE
     return _validated(_read_json(path), path)
+
+
+def adapter_sha256(folder: str | Path) -> str:
+    """What tells one adapter from another: the hash of its manifest, which holds the hash of its tensors."""
+    return hashlib.sha256((find_adapter(folder) / CONFIG_FILE).read_bytes()).hexdigest()
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -307,18 +307,19 @@ def test_a_missing_folder_is_said_and_a_path_is_never_taken_for_a_hub_id(tmp_pat
 
 
 def test_a_hub_id_fetches_data_files_only(folder, backbone, method, monkeypatch):
-    asked = {}
+    asked, commit = {}, "0" * 40
 
     def snapshot_download(repo, **how):
         asked.update(how, repo=repo)
         if repo == "you/absent":
-            raise OSError("404\nnot found")
+            raise OSError("no room\nleft")
         return str(folder)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    load_adapter(backbone, "you/fake", revision="v1")
-    assert asked == {"repo": "you/fake", "revision": "v1", "allow_patterns": ["*.json", "*.safetensors", "*.md"]}
-    assert "cannot be fetched: 404 not found" in refusal(load_adapter, backbone, "you/absent")
+    load_adapter(backbone, "you/fake", revision=commit)
+    files = {"adapter_config.json", "adapter_model.safetensors", "README.md", "report.json"}
+    assert (asked["repo"], asked["revision"], set(asked["allow_patterns"])) == ("you/fake", commit, files)
+    assert "cannot be fetched: no room" in refusal(load_adapter, backbone, "you/absent", revision=commit)
 
 
 def test_the_card_says_unmeasured_until_there_is_a_report(manifest):

@@ -16,6 +16,7 @@ from tests.tiny import tiny_dit, tiny_dit_pipeline
 from trainers import evaluate, evaluation
 from trainers.config import EvaluateConfig
 from trainers.diffusion_cases import adapter_case, plain_case, reference_images
+from trainers.publish import own_report
 from trainers.recipes import exit_on_error
 
 
@@ -82,6 +83,8 @@ def test_evaluation_writes_report_and_card(adapter, tmp_path, capsys):
     assert rows["half"]["work"]["blocks"] == 3 * (2 + 1) and rows["6 steps"]["work"]["blocks"] == 12
     assert set(rows["half"]["quality"]) == {"psnr_db", "mse", "ssim", "accuracy"}
     assert (report["adapter_seed"], report["inputs"], report["timing_batch"]) == (4, 3, 2)
+    files = {path.name: path.read_bytes() for path in adapter.iterdir()}
+    assert own_report(adapter, read_manifest(adapter), files, unmeasured=False) == report  # may be published
     assert (tmp_path / "run" / "samples" / "grid.png").is_file()
     card = (adapter / "README.md").read_text()
     assert "half" in card and "6 steps" in card and card != "a card"

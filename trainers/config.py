@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def _number_as_text(value: Any) -> Any:
@@ -216,3 +217,34 @@ class ExportConfig(Section):
     run: Text = Field(description="folder of the run, as outputs/<recipe>/<run>")
     checkpoint: Text | None = Field(default=None, description="checkpoint file; null takes the run's newest")
     output: Text | None = Field(default=None, description="folder of the adapter; null writes <run>/adapter")
+
+
+class PublishConfig(Section):
+    """`python -m trainers.publish`: send an exported, measured adapter to the Hub."""
+
+    adapter: Text = Field(description="folder of an exported adapter")
+    repo: Text = Field(description="repository on the Hub, as namespace/name; made if there is none")
+    revision: Text | None = Field(
+        default=None, description="branch to publish on, made from main if there is none; null is main"
+    )
+    private: bool = Field(default=False, description="make a new repository private; an existing one must be already")
+    license: Text | None = Field(
+        default=None, description="licence as the Hub calls it (apache-2.0, mit, ...); null takes the backbone's own"
+    )
+    unmeasured: bool = Field(default=False, description="publish without a report, which the card then says")
+    dry_run: bool = Field(default=False, description="check all, show files and card metadata, send nothing")
+
+    @field_validator("repo")
+    @classmethod
+    def _repo_is_a_hub_id(cls, value: str) -> str:
+        owner, slash, name = value.partition("/")
+        if not (slash and NAME.fullmatch(owner) and NAME.fullmatch(name)):
+            raise ValueError("namespace/name, each of letters, digits, '.', '_' and '-'")
+        return value
+
+    @field_validator("revision")
+    @classmethod
+    def _revision_is_a_branch(cls, value: str | None) -> str | None:
+        if value is not None and (COMMIT.fullmatch(value) or not all(map(NAME.fullmatch, value.split("/")))):
+            raise ValueError("the name of a branch; a commit cannot be published on")
+        return value

@@ -47,14 +47,14 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     from rich.console import Console
 
     from checkpoints.load import local_folder
-    from checkpoints.manifest import read_manifest
+    from checkpoints.manifest import adapter_sha256, read_manifest
     from modules.pipelines import driver, load_pipeline
     from trainers import report as reports
     from trainers.evaluation import method_module
     from trainers.run_folder import code_version
 
     adapter = local_folder(config.adapter, config.revision)
-    manifest = read_manifest(adapter)
+    manifest, identity = read_manifest(adapter), adapter_sha256(adapter)
     method = method_module(manifest.method)
     device = _device(config.device)
     name = config.backbone or manifest.base_model_name_or_path
@@ -92,6 +92,8 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         reference=setup.reference_text,
         dtype=config.dtype,
         adapter_seed=manifest.made_by.get("seed"),
+        adapter_sha256=identity,
+        backbone_fingerprint=manifest.base_model_fingerprint,
     )
     output = _output_folder(config, adapter)
     reports.write_report(output, report, rows)
