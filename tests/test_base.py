@@ -302,10 +302,14 @@ def test_runs_take_the_first_free_number_and_never_anothers(tmp_path: Path, monk
 
 
 def test_a_slurm_job_names_its_run_and_a_requeued_one_finds_it_again(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1", "SLURM_PROCID": "0"}
+    for name, value in {"SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "fit", **step}.items():
+        monkeypatch.setenv(name, value)
     settings = recipe(output_dir=str(tmp_path))
     first = RunFolder.for_recipe(settings).path
     assert first.name == "4711"
+    with pytest.raises(ConfigError, match="is another run"):
+        RunFolder.for_recipe(settings)
     monkeypatch.setenv("SLURM_PROCID", "1")
     assert RunFolder.for_recipe(settings).path == first
     monkeypatch.setenv("SLURM_PROCID", "0")

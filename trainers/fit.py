@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from trainers import signals
+
+if __name__ == "__main__":  # before the imports, which take long enough to miss one
+    signals.handle()
+
 import os
-import signal
 import sys
 from collections.abc import Sequence
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from trainers import recipes
 from trainers.config import EvaluateConfig, RecipeBase
+from trainers.launch import PROCESS_KEYS, current_launch, fitted, is_first_process
 from trainers.run_folder import ENVIRONMENT_KEY, RunFolder
 from trainers.settings import ConfigError, help_text
+from trainers.slurm import requeue
 
 if TYPE_CHECKING:
     from trainers.base import FrozenBackboneTask
+    from trainers.callbacks import Interrupted
 
 USAGE = """usage: python -m trainers.fit recipe=NAME [key=value ...]   train, export, evaluate
        python -m trainers.fit resume=outputs/RECIPE/RUN [trainer.max_steps=N]   continue a run
@@ -38,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "--help" in line.options and not line.overrides:
             print(f"{USAGE}\n\nkeys of every recipe, with their defaults:\n{help_text(RecipeBase)}")
             return 0
-        recipe = _recipe(line)
+        recipe = composed(line)
+        recipe = fitted(recipe, line.overrides if recipe.resume is None else PROCESS_KEYS)
         if "--help" in line.options:
             print(f"{USAGE}\n\nkeys of recipe {recipe.recipe}, with its values:\n{help_text(type(recipe), recipe)}")
             return 0
@@ -63,8 +72,12 @@ def _listing() -> str:
     return "\n".join([*blocks, "run one with: python -m trainers.fit recipe=NAME"])
 
 
-def _recipe(line: recipes.CommandLine) -> RecipeBase:
-    """The checked recipe of a command line, or every problem of it."""
+def composed(line: recipes.CommandLine) -> RecipeBase:
+    """The checked recipe of a command line: a new run's, or the one that a run's folder holds.
+
+    Raises:
+        ConfigError: with every problem at once.
+    """
     name, resume = line.take("recipe"), line.take("resume")
     problems = list(line.problems)
     if name is None and resume is None:
@@ -94,39 +107,55 @@ def _fit(recipe: RecipeBase, argv: Sequence[str], dry_run: bool) -> int:
         training.dry_run(recipe, console)
         console.print(f"{recipe.recipe}: built, trained one update, exported and loaded again; nothing was kept")
         return 0
-
-    def terminated(signum: int, frame: object) -> None:
-        raise Interrupted(signum, 0)
-
-    # While no step is running (loading, exporting, evaluating) there is nothing to finish first.
-    before = signal.signal(signal.SIGTERM, terminated)
+    # Processes of one job leave together, at a step; alone there is nothing to finish first while none is running.
+    launch = current_launch()
+    before = signals.handle(_leave_at_once if launch is None else signals.note)
     folder = RunFolder.for_recipe(recipe)
     # Processes that Lightning starts beside this one must write to the same folder.
-    first = ENVIRONMENT_KEY not in os.environ
+    chosen = ENVIRONMENT_KEY not in os.environ
+    first = chosen and (launch is None or launch.rank == 0)
     os.environ[ENVIRONMENT_KEY] = str(folder.path)
     try:
+        if launch is None:
+            _leave_if_asked()
         if first:
             folder.begin(recipe, ["python", "-m", "trainers.fit", *argv])
-        console.print(f"{recipe.method} for {recipe.backbone.name}, run folder {folder.path}", highlight=False)
+            console.print(f"{recipe.method} for {recipe.backbone.name}, run folder {folder.path}", highlight=False)
         task = training.build_task(recipe)
         trainer = training.train(task, folder, console)
         if trainer.is_global_zero:
+            # The other processes are done, and so is the last checkpoint.
+            signals.handle(_leave_at_once)
+            _leave_if_asked()
             _finish(task, recipe, folder)
             console.print(f"adapter and report are in {folder.path}", highlight=False)
         return 0
     except NonFiniteLoss as error:
         return _stopped(folder, str(error), 3)
     except Interrupted as error:
-        return _stopped(folder, str(error), 128 + error.signum)
+        return _interrupted(folder, error)
     except KeyboardInterrupt:
         return _stopped(folder, "interrupted", 130)
     except (ValueError, OSError) as error:
         return _stopped(folder, " ".join(str(error).split()), 1)
     finally:
-        signal.signal(signal.SIGTERM, before)
-        if first:
+        signals.restore(before)
+        if chosen:
             os.environ.pop(ENVIRONMENT_KEY, None)
+        if first:
             folder.discard_if_empty()
+
+
+def _leave_at_once(signum: int, frame: FrameType | None = None) -> None:
+    """A handler for when no step is running."""
+    from trainers.callbacks import Interrupted
+
+    raise Interrupted(signum)
+
+
+def _leave_if_asked() -> None:
+    if (signum := signals.take_noted()) is not None:
+        _leave_at_once(signum)
 
 
 def _finish(task: FrozenBackboneTask, recipe: RecipeBase, folder: RunFolder) -> None:
@@ -145,6 +174,19 @@ def _finish(task: FrozenBackboneTask, recipe: RecipeBase, folder: RunFolder) -> 
         evaluation=recipe.evaluation,
     )
     evaluate.run(settings)
+
+
+def _interrupted(folder: RunFolder, error: Interrupted) -> int:
+    """What a signal's end means: SLURM goes on with the run, or its user may.  One process tells it."""
+    signals.handle()  # a requeue sends SIGTERM
+    code = 128 + error.signum
+    if not is_first_process():
+        return code
+    asked = requeue(error.signum) if error.step is None else error.requeue
+    if asked is None or not asked.done:
+        return _stopped(folder, f"{error}, {asked.text}" if asked else str(error), code)
+    print(f"{error}; {asked.text} and goes on from {folder.latest_checkpoint() or 'the start'}", flush=True)
+    return code
 
 
 def _stopped(folder: RunFolder, reason: str, code: int) -> int:

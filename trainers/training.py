@@ -18,6 +18,7 @@ from data.stepped import derive_seed
 from trainers.base import FrozenBackboneTask
 from trainers.callbacks import AtomicCheckpointIO, callbacks_for, print_parameter_table, read_checkpoint
 from trainers.config import RecipeBase
+from trainers.launch import cluster_plugins
 from trainers.run_folder import RunFolder
 
 
@@ -43,7 +44,7 @@ def make_trainer(recipe: RecipeBase, task: FrozenBackboneTask, folder: RunFolder
         accumulate_grad_batches=settings.accumulate_grad_batches,
         gradient_clip_val=settings.gradient_clip or None,
         callbacks=callbacks_for(task, folder, console),
-        plugins=[AtomicCheckpointIO()],
+        plugins=[AtomicCheckpointIO(), *cluster_plugins()],
         default_root_dir=folder.path,
         logger=False,
         enable_progress_bar=False,
@@ -58,7 +59,12 @@ def _quieten() -> None:
     """Lightning's advice and the notices about what we do on purpose."""
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    for message in (".*in eval mode at the start of training", ".*does not have many workers", ".*no .?len.*"):
+    for message in (
+        ".*in eval mode at the start of training",
+        ".*does not have many workers",
+        ".*no .?len.*",
+        ".*srun.? command is available",  # said wherever SLURM is installed
+    ):
         warnings.filterwarnings("ignore", message)
 
 
