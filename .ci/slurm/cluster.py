@@ -1,7 +1,7 @@
 """A private Slurm of two nodes on this machine, for tests:  python .ci/slurm/cluster.py start|stop [FOLDER]
 
-Real daemons on loopback under one folder: no systemd, cgroups or database.  Needs root and Debian's slurmctld, slurmd,
-slurm-client, munge (`.ci/slurm/install`).  `start` prints a line to eval; `stop` removes all that was started, and FOLDER.
+Real daemons on loopback under one folder: no systemd, cgroups or database.  Needs root and the packages that
+`.ci/slurm/install` installs.  `start` prints a line to eval; `stop` ends all that was started and removes FOLDER.
 """
 
 from __future__ import annotations
