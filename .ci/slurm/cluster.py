@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """A private Slurm of two nodes on this machine, for tests:  python .ci/slurm/cluster.py start|stop [FOLDER]
 
 Real daemons on loopback under one folder: no systemd, cgroups or database.  Needs root and the packages that
