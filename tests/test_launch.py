@@ -125,8 +125,9 @@ def test_a_job_that_is_not_queued_again_says_why(scontrol, monkeypatch, tmp_path
 def test_no_job_is_asked_about_outside_of_one(monkeypatch) -> None:
     monkeypatch.setenv("PATH", "")
     assert slurm.requeue(signal.SIGUSR1) is None
-    told(monkeypatch, SHELL)
-    assert slurm.current_job() is None and slurm.requeue(signal.SIGUSR1) is None
+    for shell in ({"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "interactive"}, SHELL):
+        told(monkeypatch, shell)
+        assert slurm.current_job() is None and slurm.requeue(signal.SIGUSR1) is None
 
 
 def test_a_noted_signal_is_told_once_and_the_end_outweighs_a_warning() -> None:

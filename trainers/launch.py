@@ -64,9 +64,9 @@ def is_first_process() -> bool:
 
 
 def in_a_shell() -> bool:
-    """Typed in a shell that srun opened, such as `srun --pty bash`."""
+    """Typed in a shell that salloc or `srun --pty bash` opened: the names are those that Lightning goes by, too."""
     interactive = "SLURM_PTY_PORT" in os.environ or os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
-    return interactive and os.environ.get("SLURM_STEP_NUM_TASKS") == "1"
+    return interactive and os.environ.get("SLURM_STEP_NUM_TASKS", "1") == "1"
 
 
 def fitted(recipe: Recipe, typed: Collection[str]) -> Recipe:

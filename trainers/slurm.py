@@ -38,7 +38,7 @@ class Requeue:
 
 
 def current_job() -> Job | None:
-    """The job this process runs in, or None: also in a shell that srun opened, where every command is a run."""
+    """The job this process runs in, or None; None also in a shell that salloc or srun opened, where one types many."""
     known = os.environ
     if "SLURM_JOB_ID" not in known or in_a_shell():
         return None
@@ -52,7 +52,7 @@ def requeue(signum: int) -> Requeue | None:
     """Queue this job again if the signal means that its nodes are wanted back.  To be called by one process.
 
     SIGUSR1 and SIGUSR2 are warnings: of the time limit, or of whatever the user sends.  SIGTERM is the beginning of
-    pre-emption if the job is still said to be running; else somebody cancelled or requeued it already, and queueing
+    preemption if the job is still said to be running; else somebody cancelled or requeued it already, and queueing
     a cancelled job again would bring it back to life.
 
     Returns:
