@@ -37,7 +37,8 @@ class StepOrder:
     """Which samples batch `n` holds.
 
     An endless stream, each sample once per epoch in an order of its own; a batch may reach over an epoch's end, and
-    the ranks share each stretch of the stream, so that no sample is seen twice in an epoch.
+    the ranks share each stretch of the stream, so that no sample is seen twice in an epoch.  A run that goes on with
+    another number of ranks, or other batches, begins at batch `first` where `before` samples have been drawn.
     """
 
     length: int
@@ -45,14 +46,20 @@ class StepOrder:
     seed: int
     rank: int = 0
     world_size: int = 1
+    first: int = 0
+    before: int = 0
 
     def __post_init__(self) -> None:
         if self.length < 1 or self.batch_size < 1:
             raise ValueError(f"{self.length} samples in batches of {self.batch_size}: both must be at least 1")
 
+    def position(self, number: int) -> int:
+        """How many samples all ranks together have drawn before batch `number`."""
+        return self.before + (number - self.first) * self.world_size * self.batch_size
+
     def indices(self, number: int) -> Tensor:
         """Sample numbers of batch `number` on this rank, int64 [batch_size]."""
-        position = (number * self.world_size + self.rank) * self.batch_size
+        position = self.position(number) + self.rank * self.batch_size
         missing, parts = self.batch_size, []
         while missing:
             epoch, offset = divmod(position, self.length)

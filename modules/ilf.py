@@ -127,14 +127,22 @@ class ILFModule(nn.Module):
         """The strengths of one outer step: [n] or [n, D]."""
         return self.scale if self.config.scale_shape == "scalar" else self.scale[self._row[step]]
 
-    def forward(self, hidden_BTD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """What is fed back: the feedback block on the span's output [B, T, D], with the block's own other arguments."""
+    def forward(self, step: int, hidden_BTD: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """What is fed back in an outer step, and how strongly.
+
+        Args:
+            step: number of the outer step, for its strengths.
+            hidden_BTD: the span's output; the rest are the block's own other arguments.
+        Returns:
+            the feedback block's output [B, T, D], and the strengths [n] or [n, D].  Both leave one forward, since a
+            sharded parameter is whole only there.
+        """
         # In training the weights are float32 masters, whatever precision the backbone hands over.
         dtype = self.scale.dtype
         args = tuple(_as(value, dtype) for value in args)
         wide = hidden_BTD.to(dtype)
         fed = cast(Tensor, self.feedback(wide, *args, **{name: _as(value, dtype) for name, value in kwargs.items()}))
-        return fed - wide if self.config.feedback_output == "delta" else fed
+        return (fed - wide if self.config.feedback_output == "delta" else fed), self.strengths(step)
 
 
 class ILFHandle(Handle):
@@ -143,6 +151,7 @@ class ILFHandle(Handle):
     Attributes:
         module: the learned part; it stays outside the transformer's module tree.
         clock: the step clock; `clock.pin(i)` makes every forward outer step i, for training.
+        span: the looped blocks.  strengths: of the last looped step, detached; None before one has run.
     """
 
     def __init__(self, target: Any, module: ILFModule) -> None:
@@ -151,7 +160,8 @@ class ILFHandle(Handle):
         self._transformer = find_transformer(target)
         span = block_stack(self._transformer).blocks[self.config.span_start :][: self.config.span_len]
         self._name = unique_name("ilf")
-        self._span, self._inputs = span, cast(Any, None)
+        self.span, self._inputs = list(span), cast(Any, None)
+        self.strengths: Tensor | None = None
         # Bound before our own hooks sit on them: the second pass runs what others hooked, and never ourselves.
         self._runs = [cast(Callable[..., Tensor], block.forward) for block in span]
         self._swap = None
@@ -190,8 +200,10 @@ class ILFHandle(Handle):
         step = self.clock.step
         if self._bypassed or not self.config.feedback[step]:
             return first_pass
-        fed = self.module(first_pass, *args, **(kwargs if self._swap is None else self._swap.outer(kwargs)))
-        for run, strength in zip(self._runs, self.module.strengths(step), strict=True):
+        outer = kwargs if self._swap is None else self._swap.outer(kwargs)
+        fed, strengths = self.module(step, first_pass, *args, **outer)
+        self.strengths = strengths.detach()
+        for run, strength in zip(self._runs, strengths, strict=True):
             hidden = run(hidden + (strength * fed).to(hidden.dtype), *args, **kwargs)
         return hidden
 
@@ -221,8 +233,8 @@ class ILFHandle(Handle):
             self._guard = None
         if self._replaced is not None and self._pipe is not None:
             self._pipe.scheduler, self._replaced = self._replaced, None
-        remove_hook(self._span[-1], f"{self._name}.leave", root=self._transformer)
-        remove_hook(self._span[0], f"{self._name}.enter", root=self._transformer)
+        remove_hook(self.span[-1], f"{self._name}.leave", root=self._transformer)
+        remove_hook(self.span[0], f"{self._name}.enter", root=self._transformer)
         if self._swap is not None:
             self._swap.detach()
             self._swap = None

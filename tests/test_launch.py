@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.tiny_ilf import RECIPE, save_tiny
-from trainers import launch, recipes, signals, slurm
+from trainers import launch, processes, recipes, signals, slurm
 from trainers.settings import ConfigError
 
 ROOT = Path(recipes.__file__).parents[1]
@@ -48,7 +48,7 @@ def told(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
 def test_who_started_the_processes(environment, wanted, monkeypatch) -> None:
     told(monkeypatch, environment)
     assert launch.current_launch() == wanted
-    assert launch.is_first_process() is (wanted is None)
+    assert processes.rank(recipes.compose_recipe("ilf_pixart")) == (wanted.rank if wanted else 0)
 
 
 def test_a_recipe_takes_the_shape_that_it_leaves_open_and_refuses_another(monkeypatch) -> None:

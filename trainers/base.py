@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning import LightningModule
@@ -33,8 +35,11 @@ class FrozenBackboneTask(LightningModule):
     whatever the backbone's dtype.  Before batch `n` the random generators are seeded from (seed, n, rank): together
     with a loader from `stepped_loader` every update is a function of the step, and resuming is exact.
 
+    Under ZeRO-3 a parameter is whole only inside the forward of the module that owns it: a method reads learned
+    parameters there, or inside `consolidated()` from `exported`.
+
     Attributes:
-        backbone: frozen, eval mode.  learned: trained.  averaged: running average of `learned`, or None.
+        backbone: frozen, eval mode.  learned: trained.
         exported: what is exported and sampled with: the average when there is one.
     """
 
@@ -56,18 +61,52 @@ class FrozenBackboneTask(LightningModule):
         self.recipe, self.copied = recipe, dict(copied or {})
         self.backbone = backbone.requires_grad_(False)
         self.learned = learned.float().requires_grad_(True)
-        self.averaged = copy.deepcopy(self.learned).requires_grad_(False) if recipe.trainer.ema else None
+        # In a list, since no strategy may take it for a part of the model: it is neither trained nor sharded nor sent.
+        self._average = [copy.deepcopy(self.learned).requires_grad_(False)] if recipe.trainer.ema else []
+        self._whole: nn.Module | None = None
         self.order: StepOrder | None = None
         self.batch_number, self.steps_done = -1, 0
+        self._resumed_at = (0, 0)  # batch number, samples that were drawn before it
         self._notes: dict[str, tuple[Tensor, int]] = {}
         self._unchecked: tuple[str, Tensor, torch.cuda.Event] | None = None
         self.register_state_dict_post_hook(_keep_the_learned_part)  # type: ignore[no-untyped-call]
+        self._shapes = {name: tuple(value.shape) for name, value in self.state_dict().items()}
         self.train()
 
     @property
+    def averaged(self) -> nn.Module | None:
+        """Running average of `learned`, whole on every rank, or None."""
+        return self._average[0] if self._average else None
+
+    @property
     def exported(self) -> nn.Module:
-        """What is exported and sampled with."""
-        return self.learned if self.averaged is None else self.averaged
+        """What is exported and sampled with; under ZeRO whole inside `consolidated()` only."""
+        if self.averaged is not None:
+            return self.averaged
+        return self.learned if self._whole is None else self._whole
+
+    @contextmanager
+    def consolidated(self) -> Iterator[None]:
+        """Inside, `exported` has whole tensors on every rank, whatever the strategy; all ranks must enter."""
+        gather = getattr(self._trainer.strategy, "whole_learned", None) if self._trainer is not None else None
+        if self._whole is not None or self.averaged is not None or gather is None:
+            yield
+            return
+        self._whole = gather()
+        try:
+            yield
+        finally:
+            self._whole = None
+
+    @property
+    def backbone_is_whole(self) -> bool:
+        """Whether this rank alone can run the backbone."""
+        return self._trainer is None or not getattr(self.trainer.strategy, "shards_backbone", False)
+
+    @property
+    def acts_together(self) -> bool:
+        """Whether sampling needs all ranks: to run the backbone, or to gather what learns."""
+        return not self.backbone_is_whole or hasattr(self.trainer.strategy, "whole_learned")
 
     # What a method supplies.
 
@@ -75,8 +114,17 @@ class FrozenBackboneTask(LightningModule):
         """Optimizer groups; a group may set its own `lr` or `weight_decay`.  Default: all that learns, as one."""
         return [{"params": list(self.learned.parameters())}]
 
+    def sharded_units(self) -> Sequence[nn.Module]:
+        """Parts of the backbone that strategy `fsdp` makes whole one at a time; default: the longest list of blocks."""
+        lists = [part for part in self.backbone.modules() if isinstance(part, nn.ModuleList)]
+        return list(max(lists, key=len, default=()))
+
+    def runs_past_hooks(self) -> Sequence[nn.Module]:
+        """Units that are not entered by calling them; `fsdp` keeps them whole while the backbone runs."""
+        return ()
+
     def export_adapter(self, folder: Path) -> None:
-        """Write the adapter of `exported` into `folder`."""
+        """Write the adapter of `exported` into `folder`; called on rank 0, inside `consolidated()`."""
         raise NotImplementedError(f"{type(self).__name__} does not export an adapter")
 
     def sample_images(self, count: int) -> tuple[Tensor, Tensor] | None:
@@ -112,8 +160,15 @@ class FrozenBackboneTask(LightningModule):
         """
         attached = self._trainer is not None
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if attached else (0, 1)
+        first, before = self._resumed_at
         self.order = StepOrder(
-            length=length, batch_size=batch_size, seed=self.recipe.seed, rank=rank, world_size=world_size
+            length=length,
+            batch_size=batch_size,
+            seed=self.recipe.seed,
+            rank=rank,
+            world_size=world_size,
+            first=first,
+            before=before,
         )
         start = self.global_step * self.recipe.trainer.accumulate_grad_batches if attached else 0
         return stepped_loader(fetch, self.order, start, self.recipe.trainer.num_workers)
@@ -179,6 +234,11 @@ class FrozenBackboneTask(LightningModule):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def on_fit_start(self) -> None:
+        """The average is no child of this module, so nothing else moves it to the device."""
+        if self.averaged is not None:
+            self.averaged.to(self.device)
+
     def on_train_start(self) -> None:
         """Batches are counted from the step that the run begins or resumes at."""
         self.batch_number = self.global_step * self.recipe.trainer.accumulate_grad_batches - 1
@@ -198,13 +258,17 @@ class FrozenBackboneTask(LightningModule):
         On a GPU the answer is fetched without waiting for the device and read at the next step, one update later.
         """
         where = self._where()
-        finite = torch.isfinite(loss.detach()).all()
+        # 0, or one more than the highest rank whose loss is broken: all ranks stop at the same step, none waits for one
+        # that has gone.
+        broken = torch.where(torch.isfinite(loss.detach()).all(), 0, self.global_rank + 1)
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(broken, torch.distributed.ReduceOp.MAX)
         if not loss.is_cuda:
-            self._stop_unless(finite, where)
+            self._stop_if(broken, where)
             return
         self.check_pending()
         arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        answer = finite.to("cpu", non_blocking=True)
+        answer = broken.to("cpu", non_blocking=True)
         arrived.record()
         self._unchecked = (where, answer, arrived)
 
@@ -213,35 +277,46 @@ class FrozenBackboneTask(LightningModule):
         if self._unchecked is not None:
             (where, answer, arrived), self._unchecked = self._unchecked, None
             arrived.synchronize()
-            self._stop_unless(answer, where)
+            self._stop_if(answer, where)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """One update, and the running average's."""
         super().optimizer_step(*args, **kwargs)
+        # DeepSpeed counts the batches of an update itself and wants to be asked after each of them.
+        if (self.batch_number + 1) % self.recipe.trainer.accumulate_grad_batches:
+            return
         self.steps_done = self.global_step + 1
         if self.averaged is not None:
             # A young average forgets faster, else the initial weights would stay in it for thousands of updates.
             decay = min(self.recipe.trainer.ema, (1 + self.steps_done) / (10 + self.steps_done))
-            ours, theirs = list(self.averaged.parameters()), list(self.learned.parameters())
+            masters = getattr(self.trainer.strategy, "full_learned", lambda: dict(self.learned.named_parameters()))()
+            ours = list(self.averaged.parameters())
+            theirs = [masters[name] for name, _ in self.averaged.named_parameters()]
             update = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
             update([p.data for p in ours], [p.data for p in theirs], 0)
             for mine, buffer in zip(self.averaged.buffers(), self.learned.buffers(), strict=True):
                 mine.copy_(buffer)
 
     def on_train_end(self) -> None:
-        """The last step's loss is checked too."""
+        """The last step's loss is checked too, and what ZeRO shards is gathered while its engine is there."""
         self.check_pending()
+        if self.averaged is None and (gather := getattr(self.trainer.strategy, "whole_learned", None)) is not None:
+            self._whole = gather()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Never replace a good checkpoint by one whose weights are broken."""
+        """Never replace a good checkpoint by one whose weights are broken.  Adds the position in the data."""
         self.check_pending()
-        sums = torch.stack([value.detach().float().sum() for value in self.learned.state_dict().values()])
+        number = self.batch_number + 1
+        checkpoint["data_position"] = [number, self.order.position(number) if self.order else 0]
+        learned = [value for name, value in checkpoint["state_dict"].items() if name.startswith("learned.")]
+        sums = torch.stack([value.detach().float().sum() for value in learned])
         if not bool(torch.isfinite(sums).all()):
-            raise NonFiniteLoss(f"the learned weights are not finite after {self._where()}: lower optimizer.lr")
+            place = self._described(self._where(), self.global_rank)
+            raise NonFiniteLoss(f"the learned weights are not finite after {place}: lower optimizer.lr")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Every learned name with its shape must be there, and nothing else."""
-        want = {name: tuple(value.shape) for name, value in self.state_dict().items()}
+        want = self._shapes
         got = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
         if missing := sorted(want.keys() - got.keys()):
             raise ValueError(f"the checkpoint lacks {missing[0]} ({len(missing)} missing): it is of another module")
@@ -249,30 +324,41 @@ class FrozenBackboneTask(LightningModule):
             raise ValueError(f"the checkpoint has {unknown[0]}, which this module lacks ({len(unknown)} such)")
         if wrong := [name for name in want if want[name] != got[name]]:
             raise ValueError(f"{wrong[0]} is {got[wrong[0]]} in the checkpoint but {want[wrong[0]]} in this module")
+        if self.averaged is not None:
+            state = checkpoint["state_dict"]
+            self.averaged.load_state_dict({name: state[f"averaged.{name}"] for name in self.averaged.state_dict()})
         self.steps_done = int(checkpoint["global_step"])
+        number, samples = checkpoint.get("data_position", (0, 0))
+        self._resumed_at = (int(number), int(samples))
 
-    def _where(self) -> str:
-        where = f"step {self.global_step}, batch {self.batch_number}"
-        if self.order is None or self.batch_number < 0:
-            return where
-        samples = self.order.indices(self.batch_number).tolist()
+    def _where(self) -> tuple[int, int]:
+        return self.global_step, self.batch_number
+
+    def _described(self, where: tuple[int, int], rank: int) -> str:
+        step, number = where
+        text = f"step {step}, batch {number}" + (f" of rank {rank}" if self.trainer.world_size > 1 else "")
+        if self.order is None or number < 0:
+            return text
+        samples = dataclasses.replace(self.order, rank=rank).indices(number).tolist()
         more = ", ..." if len(samples) > 8 else ""
-        return f"{where} (samples {', '.join(map(str, samples[:8]))}{more})"
+        return f"{text} (samples {', '.join(map(str, samples[:8]))}{more})"
 
-    def _stop_unless(self, finite: Tensor, where: str) -> None:
-        if not bool(finite):
-            raise NonFiniteLoss(f"the loss is not finite at {where}: lower optimizer.lr, or look at those samples")
+    def _stop_if(self, broken: Tensor, where: tuple[int, int]) -> None:
+        if rank := int(broken):
+            place = self._described(where, rank - 1)
+            raise NonFiniteLoss(f"the loss is not finite at {place}: lower optimizer.lr, or look at those samples")
 
 
 def _keep_the_learned_part(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    kept = (f"{prefix}learned.", f"{prefix}averaged.")
-    for name in [name for name in state if name.startswith(prefix) and not name.startswith(kept)]:
+    for name in [name for name in state if not name.startswith(f"{prefix}learned.")]:
         del state[name]
+    if (averaged := cast(FrozenBackboneTask, module).averaged) is not None:
+        state |= {f"{prefix}averaged.{name}": value for name, value in averaged.state_dict().items()}
 
 
 def _row(name: str, parameters: list[nn.Parameter], origin: Mapping[str, str]) -> dict[str, Any]:
     dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in parameters})
-    count = sum(parameter.numel() for parameter in parameters)
+    count = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
     return {"part": name, **origin, "tensors": len(parameters), "parameters": count, "dtype": "+".join(dtypes)}
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -55,6 +55,19 @@ class Optimizer(Section):
     )
 
 
+Strategy = Literal[
+    "auto",
+    "ddp",
+    "fsdp",
+    "deepspeed_1",
+    "deepspeed_2",
+    "deepspeed_3",
+    "deepspeed_1_offload",
+    "deepspeed_2_offload",
+    "deepspeed_3_offload",
+]
+
+
 class TrainerSection(Section):
     """How long, on what, and how often something is written."""
 
@@ -64,9 +77,13 @@ class TrainerSection(Section):
     )
     devices: PositiveInt | Literal["auto"] = Field(default=1, description="processes per node, one device each")
     num_nodes: PositiveInt = Field(default=1, description="machines that train together")
-    strategy: str = Field(
-        default="auto", description="a Lightning strategy name; auto is single device, or DDP for several"
+    strategy: Strategy = Field(
+        default="auto",
+        description="how processes share the work: auto is one device, or ddp for several; fsdp shards the frozen "
+        "backbone; deepspeed_1 and _2 shard optimizer state and gradients of what learns, deepspeed_3 all weights; "
+        "_offload moves them to the host's memory",
     )
+    timeout_s: PositiveInt = Field(default=1800, description="seconds that a rank waits for the others before it ends")
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = Field(
         default="32-true", description="arithmetic of a step; the learned weights stay float32 in all of them"
     )
@@ -83,6 +100,12 @@ class TrainerSection(Section):
     )
     save_every: PositiveInt = Field(default=200, description="updates between two checkpoints")
     sample_every: int = Field(default=0, ge=0, description="updates between two sample grids; 0 draws none")
+
+    @model_validator(mode="after")
+    def _strategy_knows_the_precision(self) -> TrainerSection:
+        if self.strategy.startswith("deepspeed") and self.precision == "16-mixed":
+            raise ValueError("precision 16-mixed needs a loss scale that deepspeed has no part in: use bf16-mixed")
+        return self
 
 
 class Evaluation(Section):

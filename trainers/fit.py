@@ -11,17 +11,16 @@ import os
 import sys
 from collections.abc import Sequence
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from trainers import recipes
+from trainers import processes, recipes
 from trainers.config import EvaluateConfig, RecipeBase
-from trainers.launch import PROCESS_KEYS, current_launch, fitted, is_first_process
+from trainers.launch import PROCESS_KEYS, current_launch, fitted
 from trainers.run_folder import ENVIRONMENT_KEY, RunFolder
 from trainers.settings import ConfigError, help_text
 from trainers.slurm import requeue
 
 if TYPE_CHECKING:
-    from trainers.base import FrozenBackboneTask
     from trainers.callbacks import Interrupted
 
 USAGE = """usage: python -m trainers.fit recipe=NAME [key=value ...]   train, export, evaluate
@@ -102,47 +101,54 @@ def _fit(recipe: RecipeBase, argv: Sequence[str], dry_run: bool) -> int:
     from trainers.base import NonFiniteLoss
     from trainers.callbacks import Interrupted
 
-    console = Console()
+    rank = processes.rank(recipe)
+    console = Console(quiet=rank > 0)
     if dry_run:
+        others = processes.start_others(recipe, _lost)
         training.dry_run(recipe, console)
+        processes.wait_for(others)
         console.print(f"{recipe.recipe}: built, trained one update, exported and loaded again; nothing was kept")
         return 0
-    # Processes of one job leave together, at a step; alone there is nothing to finish first while none is running.
-    launch = current_launch()
-    before = signals.handle(_leave_at_once if launch is None else signals.note)
-    folder = RunFolder.for_recipe(recipe)
-    # Processes that Lightning starts beside this one must write to the same folder.
-    chosen = ENVIRONMENT_KEY not in os.environ
-    first = chosen and (launch is None or launch.rank == 0)
+    # Tasks of one job leave together, at a step; others have nothing to finish first while none is running.
+    tasks = current_launch() is not None
+    before = signals.handle(signals.note if tasks else _leave_at_once)
+    folder = RunFolder.for_recipe(recipe, rank)
+    # The processes that are started beside this one must write to the same folder.
     os.environ[ENVIRONMENT_KEY] = str(folder.path)
+    others: list[Any] = []
     try:
-        if launch is None:
+        if not tasks:
             _leave_if_asked()
-        if first:
+        if rank == 0:
             folder.begin(recipe, ["python", "-m", "trainers.fit", *argv])
-            console.print(f"{recipe.method} for {recipe.backbone.name}, run folder {folder.path}", highlight=False)
+        others = processes.start_others(recipe, _lost)
+        console.print(f"{recipe.method} for {recipe.backbone.name}, run folder {folder.path}", highlight=False)
         task = training.build_task(recipe)
         trainer = training.train(task, folder, console)
+        training.export(task, trainer, folder.adapter)
         if trainer.is_global_zero:
+            processes.wait_for(others)
             # The other processes are done, and so is the last checkpoint.
             signals.handle(_leave_at_once)
             _leave_if_asked()
-            _finish(task, recipe, folder)
+            _finish(recipe, folder)
             console.print(f"adapter and report are in {folder.path}", highlight=False)
         return 0
     except NonFiniteLoss as error:
-        return _stopped(folder, str(error), 3)
+        return _stopped(folder, str(error), 3, rank)
     except Interrupted as error:
-        return _interrupted(folder, error)
+        return _interrupted(folder, error, rank)
     except KeyboardInterrupt:
-        return _stopped(folder, "interrupted", 130)
+        return _stopped(folder, "interrupted", 130, rank)
     except (ValueError, OSError) as error:
-        return _stopped(folder, " ".join(str(error).split()), 1)
+        return _stopped(folder, " ".join(str(error).split()), 1, rank)
     finally:
         signals.restore(before)
-        if chosen:
+        processes.wait_for(others, seconds=processes.GRACE_SECONDS)
+        if others:
+            processes.forget_world()
+        if rank == 0:
             os.environ.pop(ENVIRONMENT_KEY, None)
-        if first:
             folder.discard_if_empty()
 
 
@@ -158,9 +164,14 @@ def _leave_if_asked() -> None:
         _leave_at_once(signum)
 
 
-def _finish(task: FrozenBackboneTask, recipe: RecipeBase, folder: RunFolder) -> None:
-    """Export the adapter and, unless the recipe says otherwise, measure it."""
-    task.export_adapter(folder.adapter)
+def _lost(reason: str) -> None:
+    """End this process, which may wait for ever inside a collective that the lost one will never join."""
+    print(f"error: {reason}; continue from the last checkpoint with resume=RUN_FOLDER", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def _finish(recipe: RecipeBase, folder: RunFolder) -> None:
+    """Measure the adapter, unless the recipe says otherwise."""
     if not recipe.evaluate:
         return
     from trainers import evaluate
@@ -176,21 +187,23 @@ def _finish(task: FrozenBackboneTask, recipe: RecipeBase, folder: RunFolder) -> 
     evaluate.run(settings)
 
 
-def _interrupted(folder: RunFolder, error: Interrupted) -> int:
-    """What a signal's end means: SLURM goes on with the run, or its user may.  One process tells it."""
+def _interrupted(folder: RunFolder, error: Interrupted, rank: int) -> int:
+    """What a signal's end means, told by one rank: SLURM goes on with the run, or its user may."""
     signals.handle()  # a requeue sends SIGTERM
-    code = 128 + error.signum
-    if not is_first_process():
-        return code
-    asked = requeue(error.signum) if error.step is None else error.requeue
+    code, asked = 128 + error.signum, error.requeue
+    if error.step is None and rank == 0:
+        asked = requeue(error.signum)
     if asked is None or not asked.done:
-        return _stopped(folder, f"{error}, {asked.text}" if asked else str(error), code)
-    print(f"{error}; {asked.text} and goes on from {folder.latest_checkpoint() or 'the start'}", flush=True)
+        return _stopped(folder, f"{error}, {asked.text}" if asked else str(error), code, rank)
+    if rank == 0:
+        print(f"{error}; {asked.text} and goes on from {folder.latest_checkpoint() or 'the start'}", flush=True)
     return code
 
 
-def _stopped(folder: RunFolder, reason: str, code: int) -> int:
-    """One sentence about why a run ended early and how it goes on."""
+def _stopped(folder: RunFolder, reason: str, code: int, rank: int) -> int:
+    """One sentence, from one rank, about why a run ended early and how it goes on."""
+    if rank:
+        return code
     checkpoint = folder.latest_checkpoint()
     kept = f"{checkpoint} is kept, continue with resume={folder.path}" if checkpoint else "there is no checkpoint yet"
     print(f"error: {reason}; {kept}", file=sys.stderr)

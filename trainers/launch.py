@@ -54,15 +54,6 @@ def current_launch() -> Launch | None:
     return Launch("srun", int(known["SLURM_PROCID"]), nodes, tasks // nodes)
 
 
-def is_first_process() -> bool:
-    """Whether this is the one process that speaks for all, before and after Lightning knows."""
-    launch = current_launch()
-    if launch is not None:
-        return launch.rank == 0
-    # What Lightning gives to the processes that it starts.
-    return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0"
-
-
 def in_a_shell() -> bool:
     """Typed in a shell that salloc or `srun --pty bash` opened: the names are those that Lightning goes by, too."""
     interactive = "SLURM_PTY_PORT" in os.environ or os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")

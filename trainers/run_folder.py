@@ -110,9 +110,11 @@ class RunFolder:
         return self.path / "samples"
 
     @classmethod
-    def for_recipe(cls, recipe: RecipeBase) -> RunFolder:
+    def for_recipe(cls, recipe: RecipeBase, rank: int = 0) -> RunFolder:
         """The folder this process writes to: the resumed one, the one its first process chose, or a new one.
 
+        Args:
+            rank: of this process in the run; rank 0 makes the folder.
         Raises:
             ConfigError: the name is taken by another run, or the folder cannot be made.
         """
@@ -125,9 +127,11 @@ class RunFolder:
         name = recipe.run or (job and job.id)
         if launch is not None and launch.launcher == "torchrun":
             return cls(Path(launch.agree("afterburner/run_folder", lambda: str(_make(home, name, job)))))
-        if launch is not None and launch.rank and name is not None:
-            return cls(home / name)
-        return cls(_make(home, name, job))
+        if rank == 0:
+            return cls(_make(home, name, job))
+        if name is None:
+            raise ConfigError(["run=NAME is missing: processes started by hand cannot agree on the next free number"])
+        return cls(home / name)
 
     def begin(self, recipe: RecipeBase, argv: Sequence[str]) -> None:
         """Store the resolved recipe and where the run comes from; remove what a killed run left half written."""

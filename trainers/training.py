@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import cast
 
 from lightning import Trainer, seed_everything
-from lightning.pytorch.strategies import Strategy
 from rich.console import Console
 
-from checkpoints.load import load_adapter
+from checkpoints.load import load_adapter, read_tensors
 from data.stepped import derive_seed
+from trainers import processes
 from trainers.base import FrozenBackboneTask
 from trainers.callbacks import AtomicCheckpointIO, callbacks_for, print_parameter_table, read_checkpoint
 from trainers.config import RecipeBase
 from trainers.launch import cluster_plugins
 from trainers.run_folder import RunFolder
+from trainers.strategies import make_strategy
 
 
 def build_task(recipe: RecipeBase) -> FrozenBackboneTask:
@@ -33,14 +34,16 @@ def make_trainer(recipe: RecipeBase, task: FrozenBackboneTask, folder: RunFolder
     """Lightning's trainer without what costs time or writes elsewhere: one endless epoch, our own metrics and bar."""
     _quieten()
     settings = recipe.trainer
+    # DeepSpeed stays in float32 under every precision: the strategy puts autocast around the step itself.
+    precision = "32-true" if settings.strategy.startswith("deepspeed") else settings.precision
     return Trainer(
         max_steps=settings.max_steps,
         max_epochs=-1,
         accelerator=settings.accelerator,
         devices=settings.devices,
         num_nodes=settings.num_nodes,
-        strategy=cast(Strategy, settings.strategy),
-        precision=settings.precision,
+        strategy=make_strategy(recipe, processes.devices_of(recipe) * settings.num_nodes),
+        precision=precision,
         accumulate_grad_batches=settings.accumulate_grad_batches,
         gradient_clip_val=settings.gradient_clip or None,
         callbacks=callbacks_for(task, folder, console),
@@ -94,12 +97,27 @@ def restore(task: FrozenBackboneTask, checkpoint: Path) -> None:
     task.load_state_dict(content["state_dict"], strict=False)
 
 
+def export(task: FrozenBackboneTask, trainer: Trainer, folder: Path) -> None:
+    """Write the adapter from rank 0; every rank calls it, since what learns may have to be gathered first."""
+    with task.consolidated():
+        if trainer.is_global_zero:
+            task.export_adapter(folder)
+
+
 def dry_run(recipe: RecipeBase, console: Console) -> None:
-    """Build everything, one update, write the adapter, load it into the backbone again; leave nothing behind."""
+    """Build everything, one update, write the adapter, load it into the backbone again; leave nothing behind.
+
+    Where the strategy shards the backbone nothing can be attached to it: the adapter's files are read and checked then.
+    """
     recipe = recipe.model_copy(update={"trainer": recipe.trainer.model_copy(update={"max_steps": 1})})
     task = build_task(recipe)
     with tempfile.TemporaryDirectory() as folder:
         run = RunFolder(Path(folder))
-        train(task, run, console)
-        task.export_adapter(run.adapter)
-        load_adapter(task.adapter_target(), run.adapter).detach()
+        trainer = train(task, run, console)
+        export(task, trainer, run.adapter)
+        if not trainer.is_global_zero:
+            return
+        if task.backbone_is_whole:
+            load_adapter(task.adapter_target(), run.adapter).detach()
+        else:
+            read_tensors(run.adapter)

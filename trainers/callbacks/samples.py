@@ -27,12 +27,16 @@ class SampleGrids(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Draw on the first rank; the next batch seeds its own random numbers, so training does not notice."""
+        """Draw on the first rank (on all where only all can).
+
+        The next batch seeds its own random numbers, so training does not notice.
+        """
         step = trainer.global_step
-        if step == self._drawn or step == 0 or step % self.every or not trainer.is_global_zero:
+        assert isinstance(pl_module, FrozenBackboneTask)
+        draws = trainer.is_global_zero or pl_module.acts_together
+        if step == self._drawn or step == 0 or step % self.every or not draws:
             return
         self._drawn = step
-        assert isinstance(pl_module, FrozenBackboneTask)
         started = time.perf_counter()
         pl_module.eval()
         try:
@@ -40,7 +44,7 @@ class SampleGrids(Callback):
                 images = pl_module.sample_images(self.count)
         finally:
             pl_module.train()
-        if images is not None:
+        if images is not None and trainer.is_global_zero:
             save_grid(self.folder / f"step_{step:07d}.png", images, ["backbone", pl_module.recipe.method])
         self.metrics.pause(time.perf_counter() - started)
 

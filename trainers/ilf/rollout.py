@@ -23,6 +23,10 @@ class SolverRows(nn.Module):
         self.state = nn.Parameter(torch.tensor(table.state))
         self.data = nn.Parameter(torch.tensor(table.data))
 
+    def forward(self, step: int) -> tuple[Tensor, Tensor]:
+        """The weights of one step: of the state [], and of the data [history]."""
+        return self.state[step], self.data[step]
+
     def table(self) -> SolverTable:
         """The present weights as a table."""
         return SolverTable(**{**asdict(self.fixed), "state": self.state.tolist(), "data": self.data.tolist()})
@@ -78,8 +82,7 @@ class Rollout:
                 t = torch.tensor(self.table.timesteps[i], device=latents.device)
                 output = self.driver.guided(latents, t, conditions, self.guidance)
                 kept = history.push(denoised(output, latents, self.table.alphas[i], self.table.prediction_type))
-                state = self.table.state[i] if rows is None else rows.state[i]
-                data = self.table.data[i] if rows is None else rows.data[i]
+                state, data = (self.table.state[i], self.table.data[i]) if rows is None else rows(i)
                 latents = combine(state, data, latents, kept)
             if i >= start:
                 error = (latents - self.runs.at(self.positions[i + 1])[index]).square().mean((1, 2, 3))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from checkpoints.card import card
@@ -61,6 +62,8 @@ class ILFTask(FrozenBackboneTask):
         self.noise = NoisePredictor(running)
         self.loop: ILFHandle = attach_module(running.transformer, self.learned.loop)
         self._weights = self._step_weights()
+        # Taken while this process holds the whole backbone, which a strategy may shard.
+        self._identity = (fingerprint(running.transformer), describe(running.transformer))
         self._judge: tuple[list[Any], list[int], Tensor] | None = None
 
     def _step_weights(self) -> list[float]:
@@ -101,7 +104,7 @@ class ILFTask(FrozenBackboneTask):
         start = int(torch.randint(0, rollout.steps - unroll + 1, ()))
         weights = torch.tensor(self._weights, device=index.device)
         loss, errors = rollout.loss(self.learned, self.loop, index, start, unroll, weights)
-        self.note(loss=loss, final_mse=errors[-1], strength=self.learned.loop.scale.abs().mean())
+        self.note(loss=loss, final_mse=errors[-1], **self._strength())
         return loss
 
     def _single_step_loss(self, index: Tensor) -> Tensor:
@@ -132,8 +135,11 @@ class ILFTask(FrozenBackboneTask):
         loss = objective.lambda_distill * weight * distilled
         if objective.lambda_denoise:
             loss = loss + objective.lambda_denoise * (predicted - noise).square().mean()
-        self.note(**{"loss": loss, f"loss_step_{step}": distilled, "strength": self.learned.loop.scale.abs().mean()})
+        self.note(**{"loss": loss, f"loss_step_{step}": distilled, **self._strength()})
         return loss
+
+    def _strength(self) -> dict[str, Tensor]:
+        return {} if self.loop.strengths is None else {"strength": self.loop.strengths.abs().mean()}
 
     # Sampling and export.
 
@@ -145,13 +151,19 @@ class ILFTask(FrozenBackboneTask):
             entry["solver"] = module_entry(rows.table())
         return ILFConfig(**entry)
 
+    def runs_past_hooks(self) -> Sequence[nn.Module]:
+        """The span, whose second pass goes around what others hooked to it; and the first block, whose time embedding
+        diffusers' DiT calls from outside the block."""
+        return [block_stack(self.running.transformer).blocks[0], *self.loop.span]
+
     @contextmanager
     def sampling(self) -> Iterator[ILFHandle]:
         """The pipeline as a user of the exported adapter has it."""
+        with self.consolidated():
+            module = copy.deepcopy(cast(Learned, self.exported).loop)
+            module.config = self.config_now()
         self.loop.detach()
-        module = ILFModule(self.config_now(), self.backbone)
-        module.load_state_dict(cast(Learned, self.exported).loop.state_dict())
-        handle = ILFHandle(self.running.pipe, module.to(self.device, self.running.dtype).eval())
+        handle = ILFHandle(self.running.pipe, module.to(self.device, self.running.dtype).requires_grad_(False).eval())
         handle.use_sampler()
         try:
             yield handle
@@ -199,14 +211,14 @@ class ILFTask(FrozenBackboneTask):
     def export_adapter(self, folder: Path) -> None:
         """The loop's tensors in the backbone's dtype; the solver's numbers are part of the manifest."""
         config, backbone = self.config_now(), self.settings.backbone
-        self.loop.detach()
+        identity, configuration = self._identity
         manifest = Manifest(
             method="ilf",
             module=module_entry(config),
             base_model_name_or_path=backbone.name,
             base_model_revision=backbone.revision,
-            base_model_fingerprint=fingerprint(self.backbone),
-            base_model_config=describe(self.backbone),
+            base_model_fingerprint=identity,
+            base_model_config=configuration,
             valid_for={"dtype": [backbone.dtype]},
             made_by=self.made_by(),
             trained=self.parameter_table(),
@@ -217,7 +229,6 @@ class ILFTask(FrozenBackboneTask):
             for name, value in cast(Learned, self.exported).loop.state_dict().items()
         }
         write_adapter(folder, manifest, tensors, card(manifest, None))
-        self.loop = attach_module(self.backbone, self.learned.loop)
 
 
 def build_task(recipe: Recipe) -> ILFTask:
