@@ -150,7 +150,7 @@ class Cluster:
         """The last lines of every daemon's log."""
         parts = []
         for path in sorted(self.base.glob("*.log")):
-            parts.append("\n".join([f"{path.name}:", *path.read_text(errors="replace").splitlines()[-8:]]))
+            parts.append("\n".join([f"{path.name}:", *path.read_text(errors="replace").splitlines()[-20:]]))
         return "\n".join(parts)
 
 

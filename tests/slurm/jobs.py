@@ -82,7 +82,7 @@ class Jobs:
         def reached() -> bool:
             state = self.state(job).get("JobState")
             assert state == wanted or state not in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"), (
-                f"{state} instead of {wanted}\n{self.told(job)}"
+                f"{state} instead of {wanted}\n{self.told(job)}\n{self.cluster.logs()}"
             )
             return state == wanted
 
