@@ -6,7 +6,7 @@ import runpy
 import sys
 from pathlib import Path
 
-_COMMANDS = ("fit", "evaluate", "export", "publish")
+_COMMANDS = ("fit", "submit", "evaluate", "export", "publish")
 
 
 def main() -> None:

@@ -309,9 +309,12 @@ def test_runs_take_the_first_free_number_and_never_anothers(tmp_path: Path, monk
 
 def test_a_slurm_job_names_its_run_and_a_requeued_one_finds_it_again(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    monkeypatch.setenv("SLURM_JOB_NAME", "fit")
     settings = recipe(output_dir=str(tmp_path))
     first = RunFolder.for_recipe(settings).path
     assert first.name == "4711"
+    with pytest.raises(ConfigError, match="is another run"):
+        RunFolder.for_recipe(settings)
     assert RunFolder.for_recipe(settings, rank=1).path == first
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert RunFolder.for_recipe(settings).path == first

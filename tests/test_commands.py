@@ -147,18 +147,34 @@ def test_a_loss_that_is_not_finite_ends_with_three_and_a_sentence(fake: Path, ca
     assert "step 3, batch 3" in (told := capsys.readouterr().err) and "step_0000002.ckpt is kept" in told
 
 
-def test_a_signal_ends_after_the_step_and_the_run_can_be_resumed(fake: Path, capsys, monkeypatch) -> None:
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_signal_ends_after_the_step_and_the_run_can_be_resumed(signum, fake: Path, capsys, monkeypatch) -> None:
     def terminate() -> float:
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signum)
         return 0.0
 
     monkeypatch.setattr(Fake, "loss_at", {2: terminate})
-    assert fit.main([*SHORT, "run=mine"]) == 143
-    assert "stopped by SIGTERM after step 3" in capsys.readouterr().err
+    assert fit.main([*SHORT, "run=mine"]) == 128 + signum
+    assert f"stopped by {signum.name} after step 3" in capsys.readouterr().err
     monkeypatch.setattr(Fake, "loss_at", {})
     assert fit.main(["resume=outputs/ilf_pixart/mine"]) == 0
     assert fit.main([*SHORT, "run=whole"]) == 0
     assert (fake / "mine/adapter/mean").read_text() == (fake / "whole/adapter/mean").read_text()
+
+
+def test_a_signal_after_the_last_step_ends_at_once_and_export_is_made_up_for(fake: Path, capsys, monkeypatch) -> None:
+    export_adapter = Fake.export_adapter
+
+    def interrupted(self, folder: Path) -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        raise AssertionError("went on")
+
+    monkeypatch.setattr(Fake, "export_adapter", interrupted)
+    assert fit.main([*SHORT, "run=mine"]) == 128 + signal.SIGUSR1
+    assert "stopped by SIGUSR1 while no step was running; " in (told := capsys.readouterr().err)
+    assert "step_0000006.ckpt is kept" in told and not (fake / "mine/adapter").exists()
+    monkeypatch.setattr(Fake, "export_adapter", export_adapter)
+    assert fit.main(["resume=outputs/ilf_pixart/mine"]) == 0 and (fake / "mine/adapter/mean").is_file()
 
 
 def test_a_name_that_is_taken_is_refused_and_kept(fake: Path, capsys) -> None:

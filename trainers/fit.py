@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+from trainers import signals
+
+if __name__ == "__main__":  # before the imports, which take long enough to miss one
+    signals.handle()
+
 import json
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import nullcontext
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from trainers import processes, recipes
 from trainers.config import EvaluateConfig, RecipeBase
 from trainers.crew import Crew
-from trainers.failures import LOST, explain
+from trainers.failures import LOST, Failure, explain
+from trainers.launch import PROCESS_KEYS, current_launch, fitted
 from trainers.loggers import check_loggers
 from trainers.run_folder import ENVIRONMENT_KEY, RunFolder, atomic_write
 from trainers.settings import ConfigError, help_text
+from trainers.slurm import requeue
 from trainers.summary import Stopwatch, build_summary, print_summary
 
 if TYPE_CHECKING:
@@ -25,6 +32,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from trainers.base import FrozenBackboneTask
+    from trainers.callbacks import Interrupted
 
 USAGE = """usage: python -m trainers.fit recipe=NAME [key=value ...]   train, export, evaluate
        python -m trainers.fit resume=outputs/RECIPE/RUN [trainer.max_steps=N]   continue a run
@@ -51,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "--help" in line.options and not line.overrides:
             print(f"{USAGE}\n\nkeys of every recipe, with their defaults:\n{help_text(RecipeBase)}")
             return 0
-        recipe = _recipe(line)
+        recipe = composed(line)
+        recipe = fitted(recipe, line.overrides if recipe.resume is None else PROCESS_KEYS)
         if "--help" in line.options:
             print(f"{USAGE}\n\nkeys of recipe {recipe.recipe}, with its values:\n{help_text(type(recipe), recipe)}")
             return 0
@@ -76,8 +85,12 @@ def _listing() -> str:
     return "\n".join([*blocks, "run one with: python -m trainers.fit recipe=NAME"])
 
 
-def _recipe(line: recipes.CommandLine) -> RecipeBase:
-    """The checked recipe of a command line, or every problem of it."""
+def composed(line: recipes.CommandLine) -> RecipeBase:
+    """The checked recipe of a command line: a new run's, or the one that a run's folder holds.
+
+    Raises:
+        ConfigError: with every problem at once.
+    """
     name, resume = line.take("recipe"), line.take("resume")
     problems = list(line.problems)
     if name is None and resume is None:
@@ -108,12 +121,9 @@ def _fit(recipe: RecipeBase, argv: Sequence[str], dry_run: bool) -> int:
     console = Console(quiet=rank > 0)
     if dry_run:
         return _dry_run(recipe, console)
-
-    def terminated(signum: int, frame: object) -> None:
-        raise Interrupted(signum, 0)
-
-    # While no step is running (loading, exporting, evaluating) there is nothing to finish first.
-    before = signal.signal(signal.SIGTERM, terminated)
+    # Tasks of one job leave together, at a step; others have nothing to finish first while none is running.
+    tasks = current_launch() is not None
+    before = signals.handle(signals.note if tasks else _leave_at_once)
     folder = RunFolder.for_recipe(recipe, rank)
     # The processes that are started beside this one must write to the same folder.
     os.environ[ENVIRONMENT_KEY] = str(folder.path)
@@ -123,6 +133,8 @@ def _fit(recipe: RecipeBase, argv: Sequence[str], dry_run: bool) -> int:
     try:
         with Crew(folder.path, rank, lambda: _how_it_goes_on(folder), discard) as crew:
             try:
+                if not tasks:
+                    _leave_if_asked()
                 if rank == 0:
                     folder.begin(recipe, ["python", "-m", "trainers.fit", *argv])
                 others = crew.others = processes.start_others(recipe, crew.lost)
@@ -132,13 +144,15 @@ def _fit(recipe: RecipeBase, argv: Sequence[str], dry_run: bool) -> int:
                 crew.done()
                 _finish(task, trainer, folder, watch, console, others)
                 return 0
+            except Interrupted as error:
+                return _interrupted(crew, folder, error)
             except (Exception, KeyboardInterrupt, SystemExit) as error:
                 return crew.tell(explain(error), traceback.format_exc())
             finally:
                 # After a failure they may wait for this process in an exchange, for as long as it lives.
                 processes.wait_for(others, seconds=1.0 if crew.failed else processes.GRACE_SECONDS)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signals.restore(before)
         if others:
             processes.forget_world()
         if rank == 0:
@@ -153,8 +167,10 @@ def _dry_run(recipe: RecipeBase, console: Console) -> int:
         print(f"error: {reason}; nothing was kept", file=sys.stderr, flush=True)
         os._exit(LOST)
 
+    before = signals.handle(_leave_at_once)
     others = processes.start_others(recipe, lost)
     try:
+        _leave_if_asked()
         training.dry_run(recipe, console)
     except (Exception, KeyboardInterrupt, SystemExit) as error:
         failure = explain(error)
@@ -162,9 +178,23 @@ def _dry_run(recipe: RecipeBase, console: Console) -> int:
             raise
         print(f"error: {failure.sentence}; nothing was kept", file=sys.stderr)
         return failure.code
+    finally:
+        signals.restore(before)
     processes.wait_for(others)
     console.print(f"{recipe.recipe}: built, trained one update, exported and loaded again; nothing was kept")
     return 0
+
+
+def _leave_at_once(signum: int, frame: FrameType | None = None) -> None:
+    """A handler for when no step is running."""
+    from trainers.callbacks import Interrupted
+
+    raise Interrupted(signum)
+
+
+def _leave_if_asked() -> None:
+    if (signum := signals.take_noted()) is not None:
+        _leave_at_once(signum)
 
 
 def _finish(
@@ -188,6 +218,9 @@ def _finish(
         if not trainer.is_global_zero:
             return
         processes.wait_for(others)
+        # The other processes are done, and so is the last checkpoint.
+        signals.handle(_leave_at_once)
+        _leave_if_asked()
         watch.lap("export")
         report = _evaluate(task.recipe, folder) if task.recipe.evaluate else None
         if report:
@@ -212,6 +245,20 @@ def _evaluate(recipe: RecipeBase, folder: RunFolder) -> dict[str, Any]:
         evaluation=recipe.evaluation,
     )
     return evaluate.run(settings)
+
+
+def _interrupted(crew: Crew, folder: RunFolder, error: Interrupted) -> int:
+    """What a signal's end means, told by one rank: SLURM goes on with the run, or its user may."""
+    signals.handle()  # a requeue sends SIGTERM
+    code, asked = 128 + error.signum, error.requeue
+    if error.step is None and crew.number == 0:
+        asked = requeue(error.signum)
+    if asked is None or not asked.done:
+        return crew.tell(Failure(f"{error}, {asked.text}" if asked else str(error), code, common=True))
+    crew.failed = True
+    if crew.number == 0:
+        print(f"{error}; {asked.text} and goes on from {folder.latest_checkpoint() or 'the start'}", flush=True)
+    return code
 
 
 def _how_it_goes_on(folder: RunFolder) -> str:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 
 from trainers.config import RecipeBase
+from trainers.launch import current_launch
 
 GRACE_SECONDS = 20.0
 """How long the others may take to notice a lost process by themselves before they are ended."""
@@ -27,22 +28,15 @@ _STARTED_BY = "AFTERBURNER_STARTED_BY"
 def started_by_launcher() -> bool:
     """Whether something else started this process as one of several (and says so in the environment)."""
     names = os.environ
-    if "LOCAL_RANK" in names or ("RANK" in names and "WORLD_SIZE" in names):  # torchrun, or ourselves
+    if current_launch() is not None or "LOCAL_RANK" in names or ("RANK" in names and "WORLD_SIZE" in names):
         return True
-    return in_slurm_step() or "JSM_NAMESPACE_RANK" in names or "OMPI_COMM_WORLD_LOCAL_RANK" in names
-
-
-def in_slurm_step() -> bool:
-    """Whether this is a task of `srun`; a shell inside an allocation (job name bash or interactive) is none."""
-    return "SLURM_PROCID" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
+    return "JSM_NAMESPACE_RANK" in names or "OMPI_COMM_WORLD_LOCAL_RANK" in names
 
 
 def rank(recipe: RecipeBase) -> int:
     """This process's number in the run, before any process group exists."""
-    if "RANK" in os.environ and "TORCHELASTIC_RUN_ID" in os.environ:
-        return int(os.environ["RANK"])
-    if in_slurm_step():
-        return int(os.environ["SLURM_PROCID"])
+    if (launch := current_launch()) is not None:
+        return launch.rank
     node, local = int(os.environ.get("NODE_RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
     return node * devices_of(recipe) + local
 

@@ -7,6 +7,7 @@ owns the keys, types, defaults and messages.  Nothing here imports torch, makes 
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -270,3 +271,6 @@ def exit_on_error(main: Callable[[], int]) -> int:
         return main()
     except ConfigError as error:
         return refused(error)
+    except BrokenPipeError:  # whoever reads it has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0

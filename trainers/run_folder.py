@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from trainers.config import RecipeBase
+from trainers.launch import current_launch
 from trainers.recipes import to_yaml
 from trainers.settings import ConfigError
+from trainers.slurm import Job, current_job
 
 PACKAGES = ("torch", "lightning", "diffusers", "transformers", "safetensors", "numpy")
 # Set by the first process of a run for the ones Lightning starts beside it, which must not choose a folder again.
@@ -150,30 +152,15 @@ class RunFolder:
         if chosen := os.environ.get(ENVIRONMENT_KEY):
             return cls(Path(chosen))
         home = Path(recipe.output_dir) / recipe.recipe
-        job = os.environ.get("SLURM_JOB_ID")
-        name = recipe.run or job
-        if name is None and "TORCHELASTIC_RUN_ID" in os.environ:
-            raise ConfigError(
-                ["run=NAME is missing: processes that torchrun starts cannot agree on the next free number"]
-            )
+        launch, job = current_launch(), current_job()
+        name = recipe.run or (job and job.id)
+        if launch is not None and launch.launcher == "torchrun":
+            return cls(Path(launch.agree("afterburner/run_folder", lambda: str(_make(home, name, job)))))
+        if rank == 0:
+            return cls(_make(home, name, job))
         if name is None:
-            return cls(_first_free(home))
-        folder = home / name
-        if rank:
-            return cls(folder)
-        requeued = job is not None and int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
-        try:
-            folder.mkdir(parents=True, exist_ok=requeued)
-        except FileExistsError:
-            # A run that was killed before it had stored its recipe cannot be resumed, only begun again.
-            if all(path.name.startswith(".") for path in folder.iterdir()):
-                return cls(folder)
-            raise ConfigError(
-                [f"{folder} is another run: continue it with resume={folder}, or choose another name with run=NAME"]
-            ) from None
-        except OSError as error:
-            raise ConfigError([f"{folder} cannot be made ({error.strerror}): choose output_dir=FOLDER"]) from None
-        return cls(folder)
+            raise ConfigError(["run=NAME is missing: processes started by hand cannot agree on the next free number"])
+        return cls(home / name)
 
     def begin(self, recipe: RecipeBase, argv: Sequence[str]) -> None:
         """Store the resolved recipe and where the run comes from; remove what a killed run left half written."""
@@ -210,6 +197,25 @@ class RunFolder:
 def checkpoint_name(step: int) -> str:
     """File name of the checkpoint after `step` updates."""
     return f"step_{step:07d}.ckpt"
+
+
+def _make(home: Path, name: str | None, job: Job | None) -> Path:
+    """Make and return a run's folder; one that is there is taken only by the job that made it before its requeue."""
+    if name is None:
+        return _first_free(home)
+    folder = home / name
+    try:
+        folder.mkdir(parents=True, exist_ok=job is not None and job.restarts > 0)
+    except FileExistsError:
+        # A run that was killed before it had stored its recipe cannot be resumed, only begun again.
+        if all(path.name.startswith(".") for path in folder.iterdir()):
+            return folder
+        raise ConfigError(
+            [f"{folder} is another run: continue it with resume={folder}, or choose another name with run=NAME"]
+        ) from None
+    except OSError as error:
+        raise ConfigError([f"{folder} cannot be made ({error.strerror}): choose output_dir=FOLDER"]) from None
+    return folder
 
 
 def _first_free(home: Path) -> Path:

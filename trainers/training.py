@@ -7,10 +7,9 @@ import logging
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from lightning import Trainer, seed_everything
-from lightning.pytorch.plugins.environments import SLURMEnvironment
 from rich.console import Console
 
 from checkpoints.load import load_adapter, read_tensors
@@ -19,6 +18,7 @@ from trainers import processes
 from trainers.base import FrozenBackboneTask
 from trainers.callbacks import AtomicCheckpointIO, callbacks_for, newest_sound, print_parameter_table, read_checkpoint
 from trainers.config import RecipeBase
+from trainers.launch import cluster_plugins
 from trainers.run_folder import RunFolder
 from trainers.strategies import make_strategy
 
@@ -47,7 +47,7 @@ def make_trainer(recipe: RecipeBase, task: FrozenBackboneTask, folder: RunFolder
         accumulate_grad_batches=settings.accumulate_grad_batches,
         gradient_clip_val=settings.gradient_clip or None,
         callbacks=callbacks_for(task, folder, console),
-        plugins=_plugins(),
+        plugins=[AtomicCheckpointIO(), *cluster_plugins()],
         default_root_dir=folder.path,
         logger=False,
         enable_progress_bar=False,
@@ -56,14 +56,6 @@ def make_trainer(recipe: RecipeBase, task: FrozenBackboneTask, folder: RunFolder
         limit_val_batches=0,
         num_sanity_val_steps=0,
     )
-
-
-def _plugins() -> list[Any]:
-    """Whole checkpoint files; and SLURM's ranks without Lightning's requeueing, which our own callback does."""
-    plugins: list[Any] = [AtomicCheckpointIO()]
-    if processes.in_slurm_step():
-        plugins.append(SLURMEnvironment(auto_requeue=False))
-    return plugins
 
 
 def _quieten() -> None:

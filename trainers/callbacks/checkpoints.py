@@ -5,29 +5,39 @@ from __future__ import annotations
 import pickle
 import signal
 import sys
+import time
 import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning import LightningModule, Trainer
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
+from torch import Tensor
 
+from trainers import signals
 from trainers.run_folder import RunFolder, atomic_write, checkpoint_name
+from trainers.slurm import Requeue, requeue
 
 _KEPT = 2
+# Ranks ask each other whether to stop about this often, and at the latest after this many updates.
+_ASK_SECONDS, _MOST_UPDATES = 1.0, 100
 
 
 class Interrupted(Exception):  # noqa: N818  (the name says what happened)
-    """A signal ended the run between two steps, after a checkpoint."""
+    """A signal ended the run: after a step and its checkpoint, or while no step was running (`step` is None).
 
-    def __init__(self, signum: int, step: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}")
-        self.signum = signum
+    `requeue` is what SLURM answered when it was asked to queue the job again.
+    """
+
+    def __init__(self, signum: int, step: int | None = None, requeue: Requeue | None = None) -> None:
+        when = "while no step was running" if step is None else f"after step {step}"
+        super().__init__(f"stopped by {signal.Signals(signum).name} {when}")
+        self.signum, self.step, self.requeue = signum, step, requeue
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -104,8 +114,8 @@ class Checkpoints(Checkpoint):
     """The newest two checkpoints, every `every` updates, at the last one, and when a signal asks to stop.
 
     Not Lightning's ModelCheckpoint: that has no rule for the last step or for a signal but through private methods.
-    On SIGINT or SIGTERM the running step is finished, a checkpoint written and `Interrupted` raised; a second SIGINT
-    interrupts at once.
+    On SIGINT, SIGTERM, SIGUSR1 or SIGUSR2 to any rank, all of them finish the same step, write a checkpoint, let SLURM
+    queue the job again where the signal means that, and raise `Interrupted`; a second SIGINT interrupts at once.
     """
 
     def __init__(self, folder: Path, every: int, written: Callable[[Path], None] | None = None) -> None:
@@ -113,19 +123,23 @@ class Checkpoints(Checkpoint):
         self.received: int | None = None
         self._before: dict[int, Any] = {}
         self._seen_step = 0
+        self._asked, self._asked_step, self._ask_step = 0.0, 0, 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What the run resumes from is saved already; Lightning has set its own handlers, ours stand in for them."""
-        self._seen_step = trainer.global_step
+        self._seen_step = self._asked_step = trainer.global_step
+        self._asked, self._ask_step = time.monotonic(), trainer.global_step + 1
         try:
-            self._before = {signum: signal.signal(signum, self._note) for signum in (signal.SIGINT, signal.SIGTERM)}
+            self._before = {signal.SIGINT: signal.signal(signal.SIGINT, self._note)} | signals.handle(self._note)
         except ValueError:
             self._before = {}  # Only the main thread may set handlers; without them a signal ends the run as usual.
+        self.received = signals.take_noted()
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if self.received is not None and signum == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = signum
+        if self.received != signal.SIGTERM:  # a warning does not take back that the job is ending
+            self.received = signum
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -135,7 +149,7 @@ class Checkpoints(Checkpoint):
         if step == self._seen_step:  # more batches of this update are to come
             return
         self._seen_step = step
-        stop = self._agreed_to_stop(trainer, step)
+        stop = self._agreed_signal(trainer, step)
         if stop or step % self.every == 0 or step == trainer.max_steps:
             path = self.folder / checkpoint_name(step)
             trainer.save_checkpoint(path)
@@ -143,13 +157,28 @@ class Checkpoints(Checkpoint):
             if self.written is not None and trainer.is_global_zero:
                 self.written(path)
         if stop:
-            raise Interrupted(self.received or signal.SIGTERM, step)
+            self.received = None  # acted upon
+            # Every rank is still here: one that left earlier with an error would fail the job before it is queued.
+            asked = requeue(stop) if trainer.is_global_zero else None
+            raise Interrupted(stop, step, trainer.strategy.broadcast(asked))
 
-    def _agreed_to_stop(self, trainer: Trainer, step: int) -> bool:
-        """All ranks must leave at the same step; alone there is nobody to ask."""
+    def _agreed_signal(self, trainer: Trainer, step: int) -> int | None:
+        """The signal that any rank received.  All ranks get the same answer at the same step; alone nobody is asked.
+
+        The ranks ask each other about once a second, by a count of updates that follows from the slowest rank's time
+        for the last ones, and at the last update: a run of a few steps stops on all ranks or on none.
+        """
         if trainer.world_size == 1:
-            return self.received is not None
-        return step % 10 == 0 and trainer.strategy.reduce_boolean_decision(self.received is not None, all=False)
+            return self.received
+        if step < self._ask_step and step != trainer.max_steps:
+            return None
+        now = time.monotonic()
+        pace = (now - self._asked) / (step - self._asked_step)
+        own = torch.tensor([float(self.received or 0), pace], device=trainer.strategy.root_device)
+        signum, slowest = cast(Tensor, trainer.strategy.reduce(own, reduce_op="max")).tolist()
+        self._asked, self._asked_step = now, step
+        self._ask_step = step + max(1, min(_MOST_UPDATES, int(_ASK_SECONDS / max(slowest, 1e-6))))
+        return int(signum) or None
 
     def _remove_old(self, trainer: Trainer) -> None:
         if trainer.is_global_zero:
@@ -165,6 +194,7 @@ class Checkpoints(Checkpoint):
         self._give_back()
 
     def _give_back(self) -> None:
-        for signum, handler in self._before.items():
-            signal.signal(signum, handler)
+        signals.restore(self._before)
         self._before = {}
+        if self.received is not None:  # it came after the last step: whoever runs next shall know
+            signals.note(self.received)
