@@ -313,6 +313,7 @@ def test_a_slurm_job_names_its_run_and_a_requeued_one_finds_it_again(tmp_path: P
     settings = recipe(output_dir=str(tmp_path))
     first = RunFolder.for_recipe(settings).path
     assert first.name == "4711"
+    (first / "config.yaml").touch()
     with pytest.raises(ConfigError, match="is another run"):
         RunFolder.for_recipe(settings)
     assert RunFolder.for_recipe(settings, rank=1).path == first
