@@ -65,7 +65,7 @@ def run(root: Path, job: dict[str, Any]) -> None:
     told = {
         "held": sum(local_bytes(parameter) for parameter in task.backbone.parameters()),
         "whole": sum(full_size(parameter) * parameter.element_size() for parameter in task.backbone.parameters()),
-        "dtypes": sorted({str(parameter.dtype) for parameter in task.backbone.parameters()}),
+        "dtypes": sorted({str(getattr(p, "ds_tensor", p).dtype) for p in task.backbone.parameters()}),
         "learned_dtypes": sorted({str(parameter.dtype) for parameter in task.learned.parameters()}),
         "gradients": sum(parameter.grad is not None for parameter in task.backbone.parameters()),
         "world_size": trainer.world_size,

@@ -34,8 +34,8 @@ def make_trainer(recipe: RecipeBase, task: FrozenBackboneTask, folder: RunFolder
     """Lightning's trainer without what costs time or writes elsewhere: one endless epoch, our own metrics and bar."""
     _quieten()
     settings = recipe.trainer
-    # DeepSpeed stays in float32 under every precision: the strategy puts autocast around the step itself.
-    precision = "32-true" if settings.strategy.startswith("deepspeed") else settings.precision
+    # The strategy for DeepSpeed has a plug-in of its own and puts autocast around the step itself.
+    precision = None if settings.strategy.startswith("deepspeed") else settings.precision
     return Trainer(
         max_steps=settings.max_steps,
         max_epochs=-1,

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from lightning.pytorch.plugins import DeepSpeedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, ParallelStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -29,6 +30,18 @@ if not torch.cuda.is_available():
 import deepspeed
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class KeepsDtypes(DeepSpeedPrecision):
+    """Lightning's `32-true` casts the whole model, and would double a bfloat16 backbone."""
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        """The module as it is."""
+        return module
+
+    def convert_input(self, data: Any) -> Any:
+        """The batch as it is."""
+        return data
 
 
 class ZeRO(DeepSpeedStrategy):
@@ -44,6 +57,7 @@ class ZeRO(DeepSpeedStrategy):
             offload_optimizer=offload,
             offload_parameters=offload and stage == 3,
             timeout=timeout,
+            precision_plugin=KeepsDtypes("32-true"),
             # Overlapping needs a second stream, which a CPU has not.
             overlap_comm=torch.cuda.is_available(),
         )
