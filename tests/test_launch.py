@@ -187,21 +187,12 @@ def worker(process: subprocess.Popen[str], rank: int) -> int:
 
 
 @pytest.mark.slow
-def test_torchrun_gives_shape_and_folder_and_a_restarted_group_goes_on_there(tmp_path: Path) -> None:
-    (tmp_path / "whole").mkdir()
-    (tmp_path / "broken").mkdir()
-    slow = ("trainer.max_steps=8", "trainer.accumulate_grad_batches=12", "trainer.save_every=2")
-    whole = torchrun(tmp_path / "whole", *slow)
-    assert whole.wait(300) == 0, (tmp_path / "whole/log").read_text()
-    broken = torchrun(tmp_path / "broken", *slow, options=("--max-restarts", "1"))
-    wait_for(tmp_path / "broken", "step 3/8", broken)
-    os.kill(worker(broken, 1), signal.SIGKILL)
-    assert broken.wait(300) == 0, (tmp_path / "broken/log").read_text()
-    runs = [path for name in ("whole", "broken") for path in (tmp_path / name / "outputs/ilf_tiny").iterdir()]
-    assert [run.name for run in runs] == ["000", "000"]
-    one, other = ((run / "adapter/adapter_model.safetensors").read_bytes() for run in runs)
-    assert one == other and (tmp_path / "broken/log").read_text().count("step 2/8") == 1
-    assert "devices: 2" in (runs[0] / "config.yaml").read_text()
+def test_torchrun_gives_shape_and_one_folder(tmp_path: Path) -> None:
+    process = torchrun(tmp_path)
+    assert process.wait(300) == 0, (tmp_path / "log").read_text()
+    (run,) = (tmp_path / "outputs/ilf_tiny").iterdir()
+    assert run.name == "000" and (run / "adapter/adapter_model.safetensors").is_file()
+    assert "devices: 2" in (run / "config.yaml").read_text()
 
 
 @pytest.mark.slow

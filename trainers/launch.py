@@ -24,10 +24,10 @@ class Launch:
     per_node: int
 
     def agree(self, key: str, choose: Callable[[], str]) -> str:
-        """What rank 0 chooses, on every rank of a torchrun; workers that it restarts get the first choice again."""
+        """What rank 0 chooses, on every rank of a torchrun."""
         from torch.distributed import TCPStore
 
-        # The store of torchrun's own agent: it is there before a process group is, and outlives the workers.
+        # The store of torchrun's own agent: it is there before a process group is.
         store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
         if self.rank == 0 and not store.check([key]):
             store.set(key, choose())
