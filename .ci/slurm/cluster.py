@@ -229,11 +229,14 @@ def _end(pid: int) -> None:
 def running(**settings: int) -> Iterator[Cluster]:
     """A cluster in a folder of its own, gone at the end whatever happens."""
     cluster = Cluster(Path(tempfile.mkdtemp(prefix="slurm-")))
+    # The default would end this process and leave the daemons.
+    before = signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
     try:
         cluster.start(**settings)
         yield cluster
     finally:
         cluster.stop()
+        signal.signal(signal.SIGTERM, before)
 
 
 def main() -> int:
