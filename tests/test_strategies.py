@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,16 @@ def assert_small_checkpoint(folder: Path, strategy: str) -> None:
     assert checkpoint.is_file() and checkpoint.stat().st_size <= 4 * adapter.stat().st_size
 
 
+def assert_equal_losses(folder: Path, name: str) -> None:
+    """The mean over ranks is the loss of one process with the whole batch; losses are of order 1."""
+    curves = []
+    for run in (name, "single"):
+        with (folder / run / "metrics.csv").open(newline="") as file:
+            curves.append([float(row["loss"]) for row in csv.DictReader(file)])
+    assert len(curves[0]) == STEPS
+    assert curves[0] == pytest.approx(curves[1], abs=1e-4)
+
+
 def state_of(folder: Path) -> dict[str, Tensor]:
     """The last checkpoint's tensors."""
     return read_checkpoint(RunFolder(folder).latest_checkpoint())["state_dict"]
@@ -107,6 +118,11 @@ def test_two_processes_learn_what_one_does(runs: Path, strategy: str) -> None:
     assert 0 < furthest(state_of(runs / strategy), state_of(runs / "single")) < BOUND
     adapters = [read_tensors(runs / name / "adapter") for name in (strategy, "single")]
     assert furthest(*adapters) < BOUND
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_the_loss_curve_is_that_of_one_process(runs: Path, strategy: str) -> None:
+    assert_equal_losses(runs, strategy)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])

@@ -9,7 +9,18 @@ import torch
 
 from checkpoints.load import load_adapter, read_tensors
 from tests import strategy_worker
-from tests.test_strategies import BOUND, STEPS, assert_small_checkpoint, deep, furthest, job, pair, state_of, told
+from tests.test_strategies import (
+    BOUND,
+    STEPS,
+    assert_equal_losses,
+    assert_small_checkpoint,
+    deep,
+    furthest,
+    job,
+    pair,
+    state_of,
+    told,
+)
 from tests.tiny_ilf import tiny_driver
 from trainers.callbacks import read_checkpoint
 from trainers.run_folder import RunFolder
@@ -54,6 +65,11 @@ def test_two_ranks_learn_what_one_plain_process_does(runs: Path, name: str) -> N
     assert told(runs, name)["world_size"] == 2 and told(runs, name)["strategy"] == "ZeRO"
     assert 0 < furthest(state_of(runs / name), state_of(runs / "single")) < BOUND
     assert furthest(read_tensors(runs / name / "adapter"), read_tensors(runs / "single" / "adapter")) < BOUND
+
+
+@pytest.mark.parametrize("name", [*STAGES, "deepspeed_2_offload", "deepspeed_3_offload"])
+def test_the_loss_curve_is_that_of_one_process(runs: Path, name: str) -> None:
+    assert_equal_losses(runs, name)
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -361,8 +361,10 @@ class FrozenBackboneTask(LightningModule):
 
 
 def _keep_the_learned_part(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    for name in [name for name in state if not name.startswith(f"{prefix}learned.")]:
-        del state[name]
+    # The versions of modules that torch notes beside the tensors name every part of the backbone.
+    for names in (state, getattr(state, "_metadata", {})):
+        for name in [name for name in names if not name.startswith(f"{prefix}learned")]:
+            del names[name]
     if (averaged := cast(FrozenBackboneTask, module).averaged) is not None:
         state |= {f"{prefix}averaged.{name}": value for name, value in averaged.state_dict().items()}
 

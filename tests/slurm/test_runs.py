@@ -48,6 +48,17 @@ def test_preempted_it_saves_queues_itself_and_goes_on_at_that_step(
     assert jobs.steps_told(job) == WHOLE  # no update was made twice
 
 
+def test_zero_on_two_nodes_goes_on_after_a_warning_as_if_there_had_been_none(jobs: Jobs) -> None:
+    pytest.importorskip("deepspeed")
+    whole = jobs.submit(*SHAPE, "trainer.strategy=deepspeed_2")
+    jobs.wait_for_state(whole, "COMPLETED")
+    job = jobs.submit(*SHAPE, "trainer.strategy=deepspeed_2")
+    jobs.wait_for_text(job, "step 2/")
+    jobs.cluster.call("scancel", "--signal=USR1", job, check=True)
+    jobs.wait_for_text(job, "stopped by SIGUSR1 after step")
+    checked_end(jobs, job, jobs.adapter(whole), restarts=1)
+
+
 def test_a_warning_to_one_rank_of_a_users_own_script_stops_all_at_one_step(jobs: Jobs, undisturbed: bytes) -> None:
     fit = " ".join(f"'{word}'" for word in jobs.words)
     head = "#!/bin/bash\n#SBATCH -N1 --ntasks-per-node=2 -t 10 --requeue --open-mode=append\n"
@@ -115,7 +126,7 @@ def test_a_cancelled_run_saves_and_stays_cancelled(jobs: Jobs) -> None:
 def test_a_sweep_is_one_array_with_a_run_for_each_value(jobs: Jobs) -> None:
     job = jobs.submit("slurm.gpus_per_node=0", "seed=0,1", "trainer.max_steps=2")
     for index in (0, 1):
-        jobs.wait_for_text(f"{job}_{index}", "adapter and report are in")
+        jobs.wait_for_text(f"{job}_{index}", "\nfolder  ")
         stored = (jobs.outputs / f"{job}_{index}" / "config.yaml").read_text()
         assert f"\nseed: {index}\n" in stored
     assert jobs.adapter(f"{job}_0") != jobs.adapter(f"{job}_1")
