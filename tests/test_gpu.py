@@ -62,3 +62,20 @@ def test_a_dry_run_trains_exports_and_reloads(precision):
         "ilf_pixart", {"data.trajectories": "8", "data.batch_size": "4", "trainer.precision": precision}
     )
     training.dry_run(recipe, Console(quiet=True))
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "deepspeed_2", "deepspeed_3", "deepspeed_2_offload"])
+def test_one_gpu_under_every_strategy_learns_what_a_plain_run_does(strategy, tmp_path):
+    from tests import strategy_worker
+    from tests.test_strategies import furthest, job, state_of, told
+
+    if strategy.startswith("deepspeed"):
+        pytest.importorskip("deepspeed")
+    gpu = {"trainer__accelerator": "gpu", "optimizer__schedule": "constant"}
+    names = ("auto", strategy)
+    # A process of its own for each: torch keeps one process group for good.
+    for name in names:
+        strategy_worker.start(tmp_path, [job(name, tmp_path, name, ranks=1, **gpu)], ranks=1, device="cuda")
+    assert told(tmp_path, strategy)["world_size"] == 1
+    # Six updates of at most 1e-3, with GPU sums in another order.
+    assert furthest(*(state_of(tmp_path / name) for name in names)) < 2e-4
