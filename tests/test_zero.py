@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ import torch
 
 from checkpoints.load import load_adapter, read_tensors
 from tests import strategy_worker
+from tests.strategy_worker import ROOT
 from tests.test_strategies import (
     BOUND,
     STEPS,
@@ -132,3 +136,13 @@ def test_no_tensor_of_an_adapter_is_empty_or_partial(runs: Path, name: str) -> N
 
 def test_samples_are_drawn_while_everything_is_sharded(runs: Path) -> None:
     assert len(list((runs / "no-average" / "samples").iterdir())) == 2
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_shipped_recipe_runs_dry(stage: str, tmp_path: Path) -> None:
+    small = ["data.trajectories=8", "data.batch_size=2", "trainer.accelerator=cpu", f"trainer.strategy={stage}"]
+    command = [sys.executable, "-m", "trainers.fit", "recipe=ilf_pixart", "--dry-run", "trainer.devices=2", *small]
+    names = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(command, cwd=tmp_path, env=names, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("exported and loaded again") == 1 and not list(tmp_path.iterdir())
