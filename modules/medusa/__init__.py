@@ -1,0 +1,1 @@
+"""Medusa: heads that guess the tokens after the next one (docs/methods/medusa.md)."""
