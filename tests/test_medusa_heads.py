@@ -1,4 +1,4 @@
-"""Medusa's heads: they start as the backbone's own, whatever the model; their blocks are several; stacked they agree."""
+"""Medusa's heads: they start as the backbone's own, whatever the model, and stacked they are the same."""
 
 from __future__ import annotations
 
@@ -75,14 +75,14 @@ def small(name: str) -> Any:
 def heads_for(layer: OutputLayer, vocabulary: str = "own", num_heads: int = 3, num_blocks: int = 1) -> MedusaHeads:
     """Heads as a training begins with them."""
     config = MedusaConfig(
-        hidden_size=layer.weight_VD.shape[1],
-        vocab_size=layer.weight_VD.shape[0],
+        hidden_size=layer.weight.shape[1],
+        vocab_size=layer.weight.shape[0],
         num_heads=num_heads,
         num_blocks=num_blocks,
         vocabulary=vocabulary,
         draft_vocab_size=len(DRAFTED) if vocabulary == "pruned" else None,
         rank=4 if vocabulary == "low_rank" else None,
-        output_bias=vocabulary in ("own", "pruned") and layer.bias_V is not None,
+        output_bias=vocabulary in ("own", "pruned") and layer.bias is not None,
     )
     return MedusaHeads(config).start_from(layer, DRAFTED if vocabulary == "pruned" else None)
 
@@ -140,14 +140,14 @@ def test_blocks_of_a_head_are_different_tensors_and_all_learn(layer: OutputLayer
     assert all(parameter.grad is not None and bool(parameter.grad.any()) for parameter in heads.parameters())
     first, second = (block.linear.weight.grad for block in heads.heads[0].blocks)
     assert not torch.equal(first, second)
-    assert layer.weight_VD.grad is None
+    assert layer.weight.grad is None
 
 
 def test_copies_are_copies(layer: OutputLayer) -> None:
     heads = heads_for(layer)
-    before = layer.weight_VD.clone()
+    before = layer.weight.clone()
     scramble(heads)
-    assert torch.equal(layer.weight_VD, before)
+    assert torch.equal(layer.weight, before)
 
 
 @pytest.mark.parametrize("vocabulary", ["own", "tied", "pruned", "low_rank"])
@@ -176,11 +176,11 @@ def test_the_drafter_puts_each_heads_guesses_at_its_depth(layer: OutputLayer) ->
     accuracy = [[0.5, 0.2], [0.4, 0.1, 0.05], [0.3]]
     drafter = MedusaDrafter(stacked, choices, accuracy)
     hidden = torch.randn(2, D)
-    state = DraftState(rows=[[1], [2]], root_B=torch.tensor([1, 2]), hidden_BD=hidden, active=[True] * 2, room=9)
+    state = DraftState(rows=[[1], [2]], root=torch.tensor([1, 2]), hidden=hidden, active=[True] * 2, room=9)
     draft = drafter.propose(state)
     _, tokens = stacked.top(hidden, 4)
     want = torch.stack([tokens[len(choice) - 1, :, choice[-1]] for choice in drafter.choices], dim=1)
-    assert torch.equal(draft.tokens_BN, want)
+    assert torch.equal(draft.tokens, want)
     assert drafter.tree.parents == (-1, 0, 0, 1, 1, 2, 4)
     assert draft.chance is not None
     assert draft.chance[0] == pytest.approx([0.5, 0.2, 0.2, 0.025, 0.08, 0.0])

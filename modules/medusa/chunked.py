@@ -26,7 +26,7 @@ def chunked_sum(
     Returns:
         (loss, figures [F])
     """
-    total, figures = _ChunkedSum.apply(project, reduce, rows, states_ND, *parameters)  # type: ignore[no-untyped-call]
+    total, figures = _ChunkedSum.apply(project, reduce, rows, states_ND, *parameters)
     return total, figures
 
 

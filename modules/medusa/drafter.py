@@ -28,8 +28,8 @@ class StackedHeads:
         # [K, D, D] and [K, 1, D] of every block, ready for baddbmm.
         self._blocks = [
             (
-                torch.stack([head.blocks[block].linear.weight.detach() for head in parts]).transpose(1, 2),
-                torch.stack([head.blocks[block].linear.bias.detach() for head in parts])[:, None],
+                torch.stack([head.block(block).linear.weight.detach() for head in parts]).transpose(1, 2),
+                torch.stack([head.block(block).linear.bias.detach() for head in parts])[:, None],
             )
             for block in range(heads.config.num_blocks)
         ]
@@ -103,11 +103,11 @@ class MedusaDrafter(Drafter):
         self.tree = Tree.from_choices(ordered)
         self.choices = ordered
         self._ranks = 1 + max((max(choice) for choice in ordered), default=0)
-        size = heads.backbone.weight_VD.shape[0] if heads.token_ids is None else len(heads.token_ids)
+        size = heads.backbone.weight.shape[0] if heads.token_ids is None else len(heads.token_ids)
         if self._ranks > size:
             raise ValueError(f"the tree asks for rank {self._ranks} but a head tells {size} tokens apart")
         place = [(len(choice) - 1) * self._ranks + choice[-1] for choice in ordered]
-        self._place_N = torch.tensor(place, dtype=torch.int64, device=heads.backbone.weight_VD.device)
+        self._place_N = torch.tensor(place, dtype=torch.int64, device=heads.backbone.weight.device)
         self._chance = _chances(ordered, accuracy)
 
     @classmethod
@@ -118,8 +118,8 @@ class MedusaDrafter(Drafter):
     def propose(self, state: DraftState) -> Draft:
         """The tree's tokens, without waiting for the device."""
         if not self.choices:
-            return Draft(self.tree, state.root_B.new_empty(len(state.root_B), 0))
-        hidden = cast(Tensor, state.hidden_BD)
+            return Draft(self.tree, state.root.new_empty(len(state.root), 0))
+        hidden = cast(Tensor, state.hidden)
         tokens_KBR = self.heads.tokens(hidden, self._ranks, self.tree.depth)
         tokens_BN = tokens_KBR.transpose(0, 1).reshape(len(hidden), -1).index_select(1, self._place_N)
         return Draft(self.tree, tokens_BN, None if self._chance is None else [self._chance] * len(hidden))

@@ -68,9 +68,9 @@ class OwnVocabulary(Vocabulary):
     def start_from(self, backbone: OutputLayer, token_ids: Tensor | None) -> None:
         """Copy the backbone's rows."""
         rows = slice(None) if token_ids is None else token_ids
-        self.weight.copy_(backbone.weight_VD[rows])
+        self.weight.copy_(backbone.weight[rows])
         if self.bias is not None:
-            self.bias.copy_(cast(Tensor, backbone.bias_V)[rows])
+            self.bias.copy_(cast(Tensor, backbone.bias)[rows])
 
 
 class LowRankVocabulary(Vocabulary):
@@ -103,11 +103,15 @@ class MedusaHead(nn.Module):
         else:
             self.vocabulary = Vocabulary()
 
+    def block(self, number: int) -> ResidualBlock:
+        """One of the residual blocks."""
+        return cast(ResidualBlock, self.blocks[number])
+
     def forward(
         self, hidden: Tensor, backbone: OutputLayer, reduce: Reduce | None = None, rows: int = 0
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits [..., V'] of hidden states [..., D]; with `reduce`, see `Vocabulary.forward`."""
-        states = self.blocks(hidden.to(self.blocks[0].linear.weight.dtype))
+        states = self.blocks(hidden.to(self.block(0).linear.weight.dtype))
         return cast("Tensor | tuple[Tensor, Tensor]", self.vocabulary(states, backbone, reduce, rows))
 
 
@@ -141,10 +145,9 @@ class MedusaHeads(nn.Module):
         if (token_ids is None) != (self.token_ids is None):
             raise ValueError(f"token_ids and vocabulary {self.config.vocabulary} do not go together")
         if token_ids is not None and self.token_ids is not None:
-            if len(token_ids.unique()) != len(self.token_ids):
+            if (different := len(set(token_ids.tolist()))) != len(self.token_ids):
                 raise ValueError(
-                    f"token_ids names {len(token_ids.unique())} different tokens, but draft_vocab_size is "
-                    f"{len(self.token_ids)}"
+                    f"token_ids names {different} different tokens, but draft_vocab_size is {len(self.token_ids)}"
                 )
             self.token_ids.copy_(token_ids)
         for head in self.heads:
@@ -159,19 +162,19 @@ class MedusaHeads(nn.Module):
         Args:
             hidden: last hidden states [..., D], after the final norm; any float dtype.
             head: from 0; its logits at position t are for token t + 2 + head.
-            reduce, rows: the sum of `reduce` over chunks of `rows` rows is returned instead, see `chunked_sum`; `hidden`
-                is [N, D] then.
+            reduce, rows: the sum of `reduce` over chunks of `rows` rows is returned instead, see `chunked_sum`;
+                `hidden` is [N, D] then.
         """
         return cast("Tensor | tuple[Tensor, Tensor]", self.heads[head](hidden, backbone, reduce, rows))
 
 
 def check_shape(config: MedusaConfig, backbone: OutputLayer) -> None:
     """Raise ValueError unless heads of this config fit the backbone's output layer."""
-    size, width = backbone.weight_VD.shape
+    size, width = backbone.weight.shape
     if width != config.hidden_size or size != config.vocab_size:
         raise ValueError(
             f"these heads read hidden size {config.hidden_size} and know {config.vocab_size} tokens, but the backbone "
             f"gives {width} and {size}: load the adapter made for this backbone"
         )
-    if config.output_bias and backbone.bias_V is None:
+    if config.output_bias and backbone.bias is None:
         raise ValueError("these heads have an output bias and the backbone's output matrix has none")

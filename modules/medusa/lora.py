@@ -1,4 +1,4 @@
-"""Medusa-2's part in the backbone: low-rank corrections of its linear layers, through PEFT, which can be switched off."""
+"""Medusa-2's part in the backbone: LoRA on its linear layers, through PEFT, which can be switched off."""
 
 from __future__ import annotations
 

@@ -50,18 +50,18 @@ class OutputLayer:
         )
 
     @property
-    def weight_VD(self) -> Tensor:
+    def weight(self) -> Tensor:
         """The backbone's output matrix."""
         return cast(Tensor, self.matrix.weight)
 
     @property
-    def bias_V(self) -> Tensor | None:
+    def bias(self) -> Tensor | None:
         """Its bias, where it has one."""
         return cast("Tensor | None", getattr(self.matrix, "bias", None))
 
     def product(self, hidden: Tensor) -> Tensor:
         """The bare product [..., V], in the matrix's dtype."""
-        return cast(Tensor, self.matrix(hidden.to(self.weight_VD.dtype)))
+        return cast(Tensor, self.matrix(hidden.to(self.weight.dtype)))
 
     def finish(self, product: Tensor) -> Tensor:
         """The backbone's logits, given a product with a matrix."""
