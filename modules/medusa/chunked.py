@@ -26,13 +26,13 @@ def chunked_sum(
     Returns:
         (loss, figures [F])
     """
-    total, figures = _ChunkedSum.apply(project, reduce, rows, states_ND, *parameters)
+    total, figures = _ChunkedSum.apply(project, reduce, rows, states_ND, *parameters)  # type: ignore[no-untyped-call]
     return total, figures
 
 
 class _ChunkedSum(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, project: Project, reduce: Reduce, rows: int, states: Tensor, *parameters: nn.Parameter
     ) -> tuple[Tensor, Tensor]:
         wanted = [bool(needed) for needed in ctx.needs_input_grad[3:]]

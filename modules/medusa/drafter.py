@@ -96,24 +96,27 @@ class MedusaDrafter(Drafter):
         Raises:
             ValueError: a node without its parent, deeper than there are heads, or of a rank that no head has.
         """
-        self.heads = heads
-        ordered = order_choices(choices)
-        if ordered and len(ordered[-1]) > heads.count:
-            raise ValueError(f"the tree is {len(ordered[-1])} deep but there are {heads.count} heads")
-        self.tree = Tree.from_choices(ordered)
-        self.choices = ordered
-        self._ranks = 1 + max((max(choice) for choice in ordered), default=0)
-        size = heads.backbone.weight.shape[0] if heads.token_ids is None else len(heads.token_ids)
-        if self._ranks > size:
-            raise ValueError(f"the tree asks for rank {self._ranks} but a head tells {size} tokens apart")
-        place = [(len(choice) - 1) * self._ranks + choice[-1] for choice in ordered]
-        self._place_N = torch.tensor(place, dtype=torch.int64, device=heads.backbone.weight.device)
-        self._chance = _chances(ordered, accuracy)
+        self.heads, self._accuracy = heads, accuracy
+        self.use_tree(choices)
 
     @classmethod
     def of(cls, heads: StackedHeads, config: MedusaConfig) -> MedusaDrafter:
         """The drafter of an adapter."""
         return cls(heads, config.tree, config.accuracy())
+
+    def use_tree(self, choices: Sequence[Sequence[int]]) -> None:
+        """Draft another tree from now on; see `__init__`."""
+        heads, ordered = self.heads, order_choices(choices)
+        if ordered and len(ordered[-1]) > heads.count:
+            raise ValueError(f"the tree is {len(ordered[-1])} deep but there are {heads.count} heads")
+        tree, ranks = Tree.from_choices(ordered), 1 + max((max(choice) for choice in ordered), default=0)
+        size = heads.backbone.weight.shape[0] if heads.token_ids is None else len(heads.token_ids)
+        if ranks > size:
+            raise ValueError(f"the tree asks for rank {ranks} but a head tells {size} tokens apart")
+        place = [(len(choice) - 1) * ranks + choice[-1] for choice in ordered]
+        self._place_N = torch.tensor(place, dtype=torch.int64, device=heads.backbone.weight.device)
+        self.choices, self.tree, self._ranks = ordered, tree, ranks
+        self._chance = _chances(ordered, self._accuracy)
 
     def propose(self, state: DraftState) -> Draft:
         """The tree's tokens, without waiting for the device."""

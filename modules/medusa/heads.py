@@ -34,14 +34,16 @@ class ResidualBlock(nn.Module):
 class Vocabulary(nn.Module):
     """From a head's state to its logits.  Owns what it multiplies with, and is only ever used through `forward`."""
 
+    reads_backbone = True
+
     def forward(
         self, states_ND: Tensor, backbone: OutputLayer, reduce: Reduce | None = None, rows: int = 0
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits [..., V'], or with `reduce` their sum over chunks of `rows` rows, see `chunked_sum`."""
         if reduce is None:
             return self.project(states_ND, backbone)
-        own = list(self.parameters())
-        return chunked_sum(lambda states: self.project(states, backbone), reduce, states_ND, own, rows)
+        learned = [*self.parameters(), *(backbone.learned() if self.reads_backbone else ())]
+        return chunked_sum(lambda states: self.project(states, backbone), reduce, states_ND, learned, rows)
 
     def project(self, states: Tensor, backbone: OutputLayer) -> Tensor:
         """Logits of all states at once."""
@@ -54,6 +56,8 @@ class Vocabulary(nn.Module):
 
 class OwnVocabulary(Vocabulary):
     """A matrix of the head's own, over all tokens or over those that are drafted."""
+
+    reads_backbone = False
 
     def __init__(self, width: int, size: int, bias: bool) -> None:
         super().__init__()

@@ -59,6 +59,10 @@ class OutputLayer:
         """Its bias, where it has one."""
         return cast("Tensor | None", getattr(self.matrix, "bias", None))
 
+    def learned(self) -> list[nn.Parameter]:
+        """What is trained of it: LoRA on the output matrix (Medusa-2), else nothing."""
+        return [parameter for parameter in self.matrix.parameters() if parameter.requires_grad]
+
     def product(self, hidden: Tensor) -> Tensor:
         """The bare product [..., V], in the matrix's dtype."""
         return cast(Tensor, self.matrix(hidden.to(self.weight.dtype)))
