@@ -99,6 +99,7 @@ def build(rows):
         device="cpu: it",
         commit="abc",
         seed=3,
+        verdict=equal_latency_verdict(rows),
         inputs=3,
         reference="50 steps",
     )
