@@ -107,10 +107,11 @@ class Predictor(ABC):
 class Drafter(ABC):
     """Guesses the tokens that follow; the decode host verifies a step's guesses in one backbone call.
 
-    Whatever is guessed, the text is the backbone's own: guesses decide only how many calls it takes.
+    Whatever is guessed, the text is the backbone's own: guesses decide only how many calls it takes.  `needs_hidden`
+    members read the state's `hidden`, which is not kept for the others.
     """
 
-    needs_hidden: ClassVar[bool] = True
+    needs_hidden: bool = True
 
     def begin(self, prompts: Sequence[Sequence[int]]) -> None:  # noqa: B027 - most members keep nothing
         """Starts a generation with the ids of each sequence, without padding: forget the last one."""

@@ -132,6 +132,12 @@ class Backbone:
         self.columns = max(growing if growing and self._room is not None else self.lengths)
         set_columns(self.cache, self.columns)
 
+    def rewind(self, tokens: int) -> None:
+        """Forgets the last committed tokens of every sequence."""
+        self.lengths = [length - tokens for length in self.lengths]
+        self.columns -= tokens
+        set_columns(self.cache, self.columns)
+
     def finish(self) -> Any:
         """The cache, for who wants it back; a static one of several sequences is empty, see `commit`."""
         if self._room is not None and len(self.lengths) > 1:

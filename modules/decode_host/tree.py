@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -28,7 +28,6 @@ class Tree:
     """
 
     parents: tuple[int, ...]
-    _tables: dict[torch.device, TreeTables] = field(default_factory=dict, init=False, repr=False, compare=False)
     _prefixes: dict[int, Tree] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -62,10 +61,11 @@ class Tree:
             index[choice] = len(index)
         return cls(tuple(parents))
 
-    @classmethod
-    def chain(cls, length: int) -> Tree:
+    @staticmethod
+    @lru_cache(maxsize=64)
+    def chain(length: int) -> Tree:
         """`length` guesses below each other; 0 is the root alone."""
-        return cls(tuple(range(-1, length)))
+        return Tree(tuple(range(-1, length)))
 
     @classmethod
     def dense(cls, widths: Sequence[int]) -> Tree:
@@ -123,10 +123,8 @@ class Tree:
         return self if self.depth <= depth else self.prefix(sum(d <= depth for d in self.depths))
 
     def tables(self, device: torch.device) -> TreeTables:
-        """The tree as tensors, kept per device."""
-        if device not in self._tables:
-            self._tables[device] = TreeTables.of((self,), device)
-        return self._tables[device]
+        """The tree as tensors, kept for the trees in use."""
+        return _tables(self, device)
 
 
 @dataclass(frozen=True)
@@ -157,3 +155,8 @@ class TreeTables:
             ancestors.to(device),
             path.to(device),
         )
+
+
+@lru_cache(maxsize=256)
+def _tables(tree: Tree, device: torch.device) -> TreeTables:
+    return TreeTables.of((tree,), device)
