@@ -1,4 +1,4 @@
-"""The heads' loss: which targets count, what it is worth by hand, and that chunks, padding and borders change nothing."""
+"""The heads' loss: which targets count, what it is worth by hand, and that chunks and padding change nothing."""
 
 from __future__ import annotations
 

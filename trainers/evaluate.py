@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 USAGE = """usage: python -m trainers.evaluate adapter=<folder or Hub id> [key=value ...]
 
 Runs the adapter, its backbone, and the untrained and plain alternatives at about the adapter's work in turns, and
-writes report.json, report.md, report.png and, for images, samples/grid.png.  --print shows the resolved settings and exits."""
+writes report.json, report.md, report.png and, for images, samples/grid.png.
+--print shows the resolved settings and exits."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

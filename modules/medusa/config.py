@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from modules.decode_host.search import accuracy
+
 VOCABULARIES = ("own", "tied", "pruned", "low_rank")
 
 
@@ -62,5 +64,5 @@ class MedusaConfig:
         return self.draft_vocab_size or self.vocab_size
 
     def accuracy(self) -> list[list[float]]:
-        """accuracy[k][r]: share of rank r's hits among head k's comparisons; needs the calibration's counts."""
-        return [[hit / max(1, count) for hit in row] for row, count in zip(self.hits, self.counts, strict=True)]
+        """accuracy[k][r]: share of rank r's hits among head k's comparisons; empty without a calibration."""
+        return accuracy(self.hits, self.counts)

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from modules.contracts import Drafter
 from modules.decode_host import Draft, DraftState, Tree, order_choices
+from modules.decode_host.search import draft_by_chance
 from modules.medusa.config import MedusaConfig
 from modules.medusa.heads import LowRankVocabulary, MedusaHead, MedusaHeads, OwnVocabulary
 from modules.medusa.output_layer import OutputLayer
@@ -126,6 +127,26 @@ class MedusaDrafter(Drafter):
         tokens_KBR = self.heads.tokens(hidden, self._ranks, self.tree.depth)
         tokens_BN = tokens_KBR.transpose(0, 1).reshape(len(hidden), -1).index_select(1, self._place_N)
         return Draft(self.tree, tokens_BN, None if self._chance is None else [self._chance] * len(hidden))
+
+    def memory_bytes(self) -> int:
+        """Bytes of the heads."""
+        return self.heads.memory_bytes()
+
+
+class DynamicMedusaDrafter(Drafter):
+    """Another tree at every step: the nodes that this step's own probabilities make the best.
+
+    Reads the probabilities back from the device at every step, which the fixed tree does not.
+    """
+
+    def __init__(self, heads: StackedHeads, nodes: int, ranks: int) -> None:
+        """`nodes`: below the root.  `ranks`: guesses of each head that may be drafted."""
+        self.heads, self.nodes, self.ranks = heads, nodes, ranks
+
+    def propose(self, state: DraftState) -> Draft:
+        """The best nodes of this step."""
+        chances_KBR, tokens_KBR = self.heads.top(cast(Tensor, state.hidden), self.ranks)
+        return draft_by_chance(tokens_KBR.transpose(0, 1), chances_KBR.exp().transpose(0, 1), self.nodes)
 
     def memory_bytes(self) -> int:
         """Bytes of the heads."""

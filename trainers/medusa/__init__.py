@@ -1,0 +1,6 @@
+"""Training and measuring Medusa (docs/methods/medusa.md).  Start reading at task.py."""
+
+from trainers.medusa.build import build_task
+from trainers.medusa.task import MedusaTask
+
+__all__ = ["MedusaTask", "build_task"]
