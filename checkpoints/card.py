@@ -6,8 +6,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from checkpoints.load import known_methods, method_module
 from checkpoints.manifest import Manifest
 
+_WORK = {"blocks", "tokens_per_step", "tokens_per_s", "kept_units"}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -27,13 +29,14 @@ def card(manifest: Manifest, report: Mapping[str, Any] | None = None, verdict: s
         f"## Load it\n\n{_snippet(manifest)}",
         f"## Measured\n\n{_measured(report, verdict)}",
         f"## Limits\n\n{_limits(manifest)}",
+        *_notes(manifest),
         f"## Made by\n\n{_table(manifest.made_by)}",
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def _front_matter(manifest: Manifest) -> str:
-    lines = ["library_name: diffusers"]
+    lines = [f"library_name: {'transformers' if _is_language_model(manifest) else 'diffusers'}"]
     if _HUB_ID.fullmatch(manifest.base_model_name_or_path):  # the Hub refuses a base_model that is no Hub id
         lines.append(f"base_model: {manifest.base_model_name_or_path}")
     lines += ["tags:", "- afterburner", "- acceleration", f"- {manifest.method}"]
@@ -44,6 +47,17 @@ def _snippet(manifest: Manifest) -> str:
     base = manifest.base_model_name_or_path
     path = f"data/embedded/{base.removeprefix('embedded:')}" if base.startswith("embedded:") else base
     revision = f', revision="{manifest.base_model_revision}"' if manifest.base_model_revision else ""
+    if _is_language_model(manifest):
+        lines = [
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "from afterburner import load_adapter",
+            f'model = AutoModelForCausalLM.from_pretrained("{path}"{revision})',
+            f'tokenizer = AutoTokenizer.from_pretrained("{path}"{revision})',
+            'handle = load_adapter(model, "<this folder or its Hub id>")',
+            'ids = model.generate(**tokenizer("...", return_tensors="pt"), max_new_tokens=96)',
+            "# handle.detach() gives the plain model back",
+        ]
+        return "\n".join(["```python", *lines, "```"])
     lines = [
         "from diffusers import DiffusionPipeline",
         "from afterburner import load_adapter",
@@ -54,6 +68,18 @@ def _snippet(manifest: Manifest) -> str:
     return "\n".join(["```python", *lines, "```"])
 
 
+def _is_language_model(manifest: Manifest) -> bool:
+    return str(manifest.base_model_config.get("class", "")).endswith("ForCausalLM")
+
+
+def _notes(manifest: Manifest) -> list[str]:
+    """What the method itself has to say to users, in its module's `CARD_NOTES`."""
+    if manifest.method not in known_methods():
+        return []
+    notes = getattr(method_module(manifest.method), "CARD_NOTES", "")
+    return [f"## Good to know\n\n{notes}"] if notes else []
+
+
 def _measured(report: Mapping[str, Any] | None, verdict: str) -> str:
     if report is None:
         return (
@@ -61,7 +87,7 @@ def _measured(report: Mapping[str, Any] | None, verdict: str) -> str:
         )
     rows = report["rows"]
     metrics = sorted({key for row in rows for key in row["quality"]})
-    work = sorted({key for row in rows for key in row["work"]} & {"blocks", "tokens_per_step", "kept_units"})
+    work = sorted({key for row in rows for key in row["work"]} & _WORK)
     head = ["", "kind", "speedup", "range", "latency (ms)", *work, *metrics]
     lines = [_line(head), _line(["---"] * len(head)), *(_line(_cells(row, work, metrics)) for row in rows)]
     code = report.get("commit") or "an unknown commit"

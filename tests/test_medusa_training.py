@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -179,8 +178,7 @@ def test_what_is_watched_is_what_the_export_does(tmp_path: Path) -> None:
     keep = task.note
     task.note = lambda **values: (noted.update(values), keep(**values))[0]
     run(task, tmp_path)
-    config = task._counted()
-    with task.drafting(replace(config, tree=best_tree(config.accuracy(), 16))) as handle:
+    with task.drafting(task.counted(16)) as handle:
         greedy_texts(task.model, task.prompts, new_tokens=16, batch_size=1, pad=PAD)
         assert noted["tokens_per_step"] == pytest.approx(handle.counts.tokens_per_step)
     assert "generate" not in vars(task.model)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch
 
 from data.text import Blocks, TokenDocument, pack
 from modules.medusa import MedusaConfig, MedusaHeads, OutputLayer
-from tests.tiny_language import tiny_llama
+from tests.tiny_language import VOCABULARY, tiny_llama, tiny_tokenizer
 from trainers import recipes
 from trainers.medusa.task import MedusaTask
 
@@ -17,10 +19,32 @@ RECIPE = Path(__file__).with_name("medusa_tiny.yaml")
 PAD = 1
 
 
+def save_tiny(folder: Path) -> str:
+    """Saves the tiny Llama, which speaks in small letters only, and beside it what it says.  Returns its name.
+
+    Heads that learn what it says have something to guess: a random model's free text would be guessed by nobody.
+    """
+    model, tokenizer = tiny_llama(), tiny_tokenizer()
+    letters = tokenizer("abcdefgh", add_special_tokens=False).input_ids
+    model.generation_config.suppress_tokens = [token for token in range(VOCABULARY) if token not in letters]
+    choice = random.Random(0)
+    prompts = ["".join(choice.choices("abcdefgh", k=6)) for _ in range(300)]
+    ids = torch.tensor(tokenizer(prompts).input_ids)
+    texts = model.generate(input_ids=ids, max_new_tokens=40, do_sample=False)[:, ids.shape[1] :]
+    records = [
+        {"prompt": p, "response": tokenizer.decode(t), "finished": False} for p, t in zip(prompts, texts, strict=True)
+    ]
+    (folder / "text.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    model.save_pretrained(folder / "llama")
+    tokenizer.save_pretrained(folder / "llama")
+    return str(folder / "llama")
+
+
 def tiny_recipe(name: str, **changes: str) -> Any:
     """A recipe that trains on a saved tiny Llama in about a second; keys are written with __ for dots."""
     own = {key.replace("__", "."): value for key, value in changes.items()}
-    return recipes.compose_recipe(str(RECIPE), {"backbone.name": name, **own})
+    text = str(Path(name).with_name("text.jsonl"))
+    return recipes.compose_recipe(str(RECIPE), {"backbone.name": name, "data.path": text, **own})
 
 
 def tiny_heads(model: Any, recipe: Any) -> MedusaHeads:

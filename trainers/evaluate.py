@@ -45,29 +45,28 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     Raises:
         ValueError: the adapter or the backbone is refused (AdapterError), or the device is not there.
     """
-    import torch
     from rich.console import Console
 
     from checkpoints.load import local_folder
     from checkpoints.manifest import read_manifest
     from trainers import report as reports
-    from trainers.evaluation import Request, measurer
+    from trainers.evaluation import Request, device_of, measurer
     from trainers.run_folder import code_version
 
     adapter = local_folder(config.adapter, config.revision)
     manifest = read_manifest(adapter)
     measure = measurer(manifest.method)
-    device = _device(config.device)
+    device = device_of(config.device)
     name = config.backbone or manifest.base_model_name_or_path
     console = Console()
     with console.status(f"loading {name}") as status:
-        measured = measure(Request(adapter, manifest, name, config, torch.device(device), status.update))
+        measured = measure(Request(adapter, manifest, name, config, device, status.update))
     code = code_version()
     report = reports.build_report(
         measured.rows,
         method=manifest.method,
         backbone=name,
-        device=reports.device_name(torch.device(device)),
+        device=reports.device_name(device),
         commit=f"{code['commit'] or 'unknown'}{'-dirty' if code['dirty'] else ''}",
         seed=config.evaluation.seed,
         verdict=measured.verdict,
@@ -82,15 +81,6 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     reports.print_table(measured.rows, console)
     console.print(f"report: {output}", highlight=False)
     return report
-
-
-def _device(wanted: str) -> str:
-    import torch
-
-    available = torch.cuda.is_available()
-    if wanted == "cuda" and not available:
-        raise ValueError("device is cuda but torch sees no GPU here: set device=cpu, or leave it out")
-    return "cuda" if wanted == "cuda" or (wanted == "auto" and available) else "cpu"
 
 
 def _output_folder(config: EvaluateConfig, adapter: Path) -> Path:

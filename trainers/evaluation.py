@@ -93,6 +93,14 @@ IMAGE_QUALITY: dict[str, QualityFn] = {
 """Closeness to the reference, for every method that makes images."""
 
 
+def device_of(wanted: str) -> torch.device:
+    """`cpu`, `cuda`, or with `auto` a GPU if there is any.  Raises ValueError where there is none."""
+    available = torch.cuda.is_available()
+    if wanted == "cuda" and not available:
+        raise ValueError("device is cuda but torch sees no GPU here: set device=cpu, or leave it out")
+    return torch.device("cuda" if wanted == "cuda" or (wanted == "auto" and available) else "cpu")
+
+
 def measurer(method: str) -> Callable[[Request], Measured]:
     """How adapters of a method are measured: its own `measure`, or the one that all diffusion pipelines share.
 

@@ -243,11 +243,27 @@ def markdown(report: Mapping[str, Any]) -> str:
                 f"# {report['method']} on {report['backbone']}",
                 "\n".join(lines),
                 verdict_text(report.get("verdict")),
+                *_by_category(report),
                 f"Measured on {', '.join(facts)}. Speedup is the median over alternating rounds, range its extremes.",
             ]
         )
         + "\n"
     )
+
+
+def _by_category(report: Mapping[str, Any]) -> list[str]:
+    """Speedup and tokens per step of every row, a column for each category of input; empty without categories."""
+    categories: Mapping[str, Any] = report.get("categories", {})
+    if not categories:
+        return []
+    lines = [["", *categories], ["---", *["---:"] * len(categories)]]
+    for row in report["rows"]:
+        found = [categories[name][row["name"]] for name in categories]
+        lines.append([row["name"], *(f"{one['speedup']:.2f}x, {one['tokens_per_step']:.2f}" for one in found)])
+    if repeated := report.get("repeated_trigrams"):
+        lines.append(["repeated trigrams in plain text", *(f"{repeated[name]:.0%}" for name in categories)])
+    table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return [f"Speedup and tokens per step by kind of input:\n\n{table}"]
 
 
 def print_table(rows: Sequence[Row], console: Console | None = None) -> None:

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from modules.contracts import AdapterEntry
+from modules.contracts import AdapterEntry, Drafter
 from modules.decode_host.attach import DecodeHandle
 from modules.decode_host.generate import DraftedDecoding
 from modules.decode_host.rules import Rule
@@ -27,15 +27,17 @@ class MedusaHandle(DecodeHandle):
 
     Attributes:
         config: the adapter's, with its calibrated tree, hits and counts.
-        drafter: `drafter.use_tree(choices)` drafts another tree, `drafter.use_tree([])` none.
+        medusa: the heads as a drafter; `medusa.use_tree(choices)` drafts another tree, `medusa.use_tree([])` none.
     """
-
-    drafter: MedusaDrafter
 
     def __init__(self, model: Any, drafter: MedusaDrafter, config: MedusaConfig, sampling: Rule | None = None) -> None:
         super().__init__(model, DraftedDecoding(drafter, sampling))
-        self.config = config
+        self.config, self.medusa = config, drafter
         self._changed = model if config.lora else None
+
+    def draft_with(self, drafter: Drafter) -> None:
+        """Let another drafter guess from now on, for example `Hybrid(handle.medusa, PromptLookup())`."""
+        self.drafter = self._decoding.drafter = drafter
 
     def detach(self) -> None:
         """Gives the model its own `generate` back, and its own layers (Medusa-2)."""

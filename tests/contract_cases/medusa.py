@@ -9,18 +9,20 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from modules.language_models import load_model, load_tokenizer
 from modules.medusa.output_layer import last_hidden_state
 from tests.contract_cases.interface import ContractCase
-from tests.tiny_language import save_tiny_llama, tiny_llama
-from tests.tiny_medusa import tiny_recipe
+from tests.tiny_language import tiny_llama
+from tests.tiny_medusa import save_tiny, tiny_recipe
 from trainers.medusa.task import MedusaTask
 
-PROMPT, NEW = [5, 9, 30, 7], 24
+NEW = 24
 
 
 def case(folder: Path) -> ContractCase:
     """The method's case; `folder` is empty and lasts as long as the test."""
-    name = str(save_tiny_llama(folder))
+    name = save_tiny(folder)
+    prompt = load_tokenizer(name)("cafe", return_tensors="pt").input_ids
 
     def outputs(model: Any, handle: Any) -> Tensor:
         """The text, and the guesses of every step; without a drafter there are none."""
@@ -29,7 +31,7 @@ def case(folder: Path) -> ContractCase:
             propose = handle.drafter.propose
             handle.drafter.propose = lambda state: drafts.append((draft := propose(state)).tokens[0]) or draft
         try:
-            ids = model.generate(input_ids=torch.tensor([PROMPT]), max_new_tokens=NEW, do_sample=False)[0]
+            ids = model.generate(input_ids=prompt, max_new_tokens=NEW, do_sample=False)[0]
         finally:
             if handle is not None:
                 del handle.drafter.propose
@@ -37,10 +39,10 @@ def case(folder: Path) -> ContractCase:
 
     def graph_outputs(task: MedusaTask) -> Tensor:
         """The same by the training graph and by hand: walk the plain text, guess at every stop."""
-        ids = LlamaForCausalLM.generate(task.model, torch.tensor([PROMPT]), max_new_tokens=NEW, do_sample=False)[0]
+        ids = LlamaForCausalLM.generate(task.model, prompt, max_new_tokens=NEW, do_sample=False)[0]
         choices = task.calibrated().tree
         ordered = sorted(map(tuple, choices), key=lambda choice: (len(choice), choice))
-        place, drafts = len(PROMPT), []  # the root's; the state before it guesses what follows it
+        place, drafts = prompt.shape[1], []  # the root's; the state before it guesses what follows it
         while place < len(ids) - 1:
             hidden = last_hidden_state(task.model, input_ids=ids[None, :place])[0, -1]
             logits = [task.learned.heads(hidden, task.layer, head) for head in range(2)]
@@ -60,7 +62,7 @@ def case(folder: Path) -> ContractCase:
         """Backbone calls for a text."""
         calls = []
         hook = model.model.register_forward_pre_hook(lambda *_: calls.append(1))
-        model.generate(input_ids=torch.tensor([PROMPT]), max_new_tokens=NEW, do_sample=False)
+        model.generate(input_ids=prompt, max_new_tokens=NEW, do_sample=False)
         hook.remove()
         return float(len(calls))
 
@@ -69,16 +71,16 @@ def case(folder: Path) -> ContractCase:
         return lambda load: load(tiny_llama(**settings))
 
     def twice(load: Any) -> None:
-        model = tiny_llama()
+        model, _ = load_model(name)
         load(model)
         load(model)
 
     return ContractCase(
         recipe=tiny_recipe(name),
-        target=tiny_llama,
+        target=lambda: load_model(name)[0],
         outputs=outputs,
         graph_outputs=graph_outputs,
-        make_neutral=lambda handle: handle.drafter.use_tree([]),
+        make_neutral=lambda handle: handle.medusa.use_tree([]),
         work=work,
         misfits={
             "num_hidden_layers 2 (here 3)": other(layers=3),

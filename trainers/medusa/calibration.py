@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from modules.decode_host.search import best_choices, best_size, time_steps
-from modules.medusa import MedusaDrafter, StackedHeads
+from modules.medusa import MedusaConfig, MedusaDrafter, StackedHeads
 from modules.medusa.output_layer import last_hidden_state
 
 _ROWS = (1, 2, 3, 5, 9, 13, 17, 25, 33, 49, 64)  # of a step, the root among them
@@ -89,6 +89,23 @@ def fastest_tree(model: Any, heads: StackedHeads, accuracy: Sequence[Sequence[fl
     context = max(1, min(256, limit - _ROWS[-1] - 1))
     seconds = time_steps(model, _ROWS, context=context, drafter=MedusaDrafter(heads, widest))
     return best_tree(accuracy, best_size(values, seconds))
+
+
+def calibrated(
+    model: Any, heads: StackedHeads, config: MedusaConfig, texts: Sequence[Text], ranks: int, nodes: int | str
+) -> MedusaConfig:
+    """The config with hits and counts of these heads, and with their best tree.
+
+    Args:
+        texts: the backbone's own, see `greedy_texts`.
+        ranks: guesses of each head that are counted.
+        nodes: of the tree, or "measured" for as many as pay on this device.
+    """
+    hits, counts = count_hits(model, heads, texts, min(ranks, config.output_size))
+    counted = replace(config, hits=hits, counts=counts)
+    accuracy = counted.accuracy()
+    tree = fastest_tree(model, heads, accuracy) if isinstance(nodes, str) else best_tree(accuracy, nodes)
+    return replace(counted, tree=tree)
 
 
 def repeated_trigram_share(texts: Sequence[Sequence[int]]) -> float:

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from checkpoints.save import write_folder
 from modules.medusa import MedusaConfig, OutputLayer
 
 R_FILE, V_FILE, CONFIG = "medusa_lm_head.safetensors", "model.safetensors", "config.json"
@@ -24,11 +25,11 @@ _V_BLOCK = re.compile(r"blocks\.(\d+)\.layers\.(\d+)\.(weight|bias)")
 _V_MATRIX = re.compile(r"lm_heads\.(\d+)\.weight")
 
 ENGINES = {
-    "tgi": "Text Generation Inference reads this folder (layout R), drafts the top-1 chain, and stops drafting above 128 "
-    "tokens in a batch; TensorRT-LLM's old engine builder reads the same names. vLLM and SGLang do not.",
+    "tgi": "Text Generation Inference reads this folder (layout R), drafts the top-1 chain, and stops drafting above "
+    "128 tokens in a batch; TensorRT-LLM's old engine builder reads the same names. vLLM and SGLang do not.",
     "vllm": "vLLM 0.25 and 0.26 read this folder with the speculative config "
-    '`{"method": "medusa", "model": "<this folder>", "num_speculative_tokens": <heads>}` and draft the top-1 chain; later '
-    "versions have no Medusa any more. TGI and SGLang do not read it.",
+    '`{"method": "medusa", "model": "<this folder>", "num_speculative_tokens": <heads>}` and draft the top-1 chain; '
+    "later versions have no Medusa any more. TGI and SGLang do not read it.",
 }
 
 
@@ -125,15 +126,26 @@ def _matrix(config: MedusaConfig, tensors: Mapping[str, Tensor], head: int, laye
     return (base.float() + up.float() @ down.float()).to(base.dtype)
 
 
-def layout_files(layout: Layout, card: str) -> dict[str, bytes]:
-    """The folder's files by name."""
+def write_layout(
+    name: str, folder: Path, config: MedusaConfig, tensors: Mapping[str, Tensor], layer: OutputLayer, base: str
+) -> None:
+    """Write an engine's folder, whole or not at all; arguments and errors as of `to_layout_r`.
+
+    Args:
+        name: one of `ENGINES`.
+    """
+    if name == "tgi":
+        layout = to_layout_r(config, tensors, layer, base)
+    else:
+        layout = to_layout_v(config, tensors, layer)
     # Equal storages (one matrix under several names) would be refused by the format.
-    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in layout.tensors.items()}
-    return {
-        layout.file: safetensors.torch.save(tensors, metadata={"format": "pt"}),
+    kept = {name: value.detach().cpu().contiguous().clone() for name, value in sorted(layout.tensors.items())}
+    files = {
+        layout.file: safetensors.torch.save(kept, metadata={"format": "pt"}),
         CONFIG: (json.dumps(layout.config, indent=2, sort_keys=True) + "\n").encode(),
-        "README.md": card.encode(),
+        "README.md": f"# Medusa heads for {base}\n\n{ENGINES[name]}\n".encode(),
     }
+    write_folder(folder, files, marker=layout.file, what=name)
 
 
 def read_layout(folder: Path, layer: OutputLayer) -> tuple[MedusaConfig, dict[str, Tensor]]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,7 +33,8 @@ from modules.medusa.chunked import chunked_sum
 from modules.medusa.lora import add_lora, lora_off, lora_tensors, remove_lora
 from modules.medusa.output_layer import last_hidden_state
 from trainers.base import FrozenBackboneTask
-from trainers.medusa.calibration import Text, best_tree, count_hits, fastest_tree, greedy_texts
+from trainers.medusa.calibration import Text, calibrated, greedy_texts
+from trainers.medusa.layouts import ENGINES, write_layout
 from trainers.medusa.objective import head_loss, head_weights
 from trainers.schemas.medusa import Recipe
 
@@ -192,8 +194,7 @@ class MedusaTask(FrozenBackboneTask):
         """Every `sample_every` updates: tokens per step of what would be exported, on the held-out prompts."""
         every = self.settings.trainer.sample_every
         if every and self.steps_done % every == 0 and self.prompts:
-            config = self._counted()
-            with self.drafting(replace(config, tree=best_tree(config.accuracy(), WATCHED_NODES))) as handle:
+            with self.drafting(self.counted(WATCHED_NODES)) as handle:
                 greedy_texts(self.model, self.prompts[:WATCHED_PROMPTS], **self._decoding(batch_size=1))
                 self.note(tokens_per_step=torch.tensor(handle.counts.tokens_per_step))
 
@@ -207,26 +208,15 @@ class MedusaTask(FrozenBackboneTask):
     def calibrated(self) -> MedusaConfig:
         """The config with hits and counts along the backbone's own decode, and with the tree that pays best here."""
         if self._calibrated is None or self._calibrated[0] != self.steps_done:
-            self._calibrated = self.steps_done, self._calibrate()
+            self._calibrated = self.steps_done, self.counted(self.settings.module.nodes)
         return self._calibrated[1]
 
-    def _calibrate(self) -> MedusaConfig:
-        config, nodes = self._counted(), self.settings.module.nodes
-        if nodes != "measured":
-            return replace(config, tree=best_tree(config.accuracy(), nodes))
-        with self._evaluating():
-            return replace(config, tree=fastest_tree(self.model, self._stacked(config), config.accuracy()))
-
-    def _counted(self) -> MedusaConfig:
-        """The config with hits and counts of the present weights."""
+    def counted(self, nodes: int | str) -> MedusaConfig:
+        """The config with hits and counts of the present weights, and a tree of so many nodes."""
         config = self.learned.heads.config
-        ranks = min(self.settings.module.ranks, config.output_size)
         with self._evaluating():
-            hits, counts = count_hits(self.model, self._stacked(config), self._texts(), ranks)
-        return replace(config, hits=hits, counts=counts)
-
-    def _stacked(self, config: MedusaConfig) -> StackedHeads:
-        return StackedHeads(heads_of(config, self._head_tensors(), self.model), self.layer)
+            heads = StackedHeads(heads_of(config, self._head_tensors(), self.model), self.layer)
+            return calibrated(self.model, heads, config, self._texts(), self.settings.module.ranks, nodes)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -272,6 +262,15 @@ class MedusaTask(FrozenBackboneTask):
         )
         lora = {name: self._stored(value) for name, value in lora_tensors(self.learned.lora_parts()).items()}
         write_adapter(folder, manifest, self._head_tensors() | lora, card(manifest, None))
+
+    @property
+    def export_formats(self) -> dict[str, Callable[[Path], None]]:
+        """What else than an adapter can be written, for serving engines."""
+        return {name: partial(self._export_layout, name) for name in ENGINES}
+
+    def _export_layout(self, name: str, folder: Path) -> None:
+        config, base = self.learned.heads.config, self.settings.backbone.name
+        write_layout(name, folder, config, self._head_tensors(), self.layer, base)
 
     def adapter_target(self) -> Any:
         """The model, without what Medusa-2 put into it."""

@@ -111,6 +111,8 @@ class Recipe(RecipeBase):
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Recipe:
+        if self.evaluation.prompts is None:
+            self.evaluation.prompts = self.data.prompts or self.data.path
         if self.lora.rank and self.trainer.ema:
             raise ValueError(
                 "trainer.ema averages the heads alone: set it to 0 where lora.rank trains the backbone too"
