@@ -54,13 +54,18 @@ class TreeMasks:
 
     def build(
         self, tables: TreeTables, lengths: Sequence[int], columns: int, widths: Mapping[bool, int | None]
-    ) -> Tensor | dict[str, Tensor]:
+    ) -> Tensor | dict[str, Tensor] | None:
         """The mask of a step, by kind of layer where the model has several.
+
+        None for single tokens that see everything, which is plain decoding bit for bit.
 
         Args:
             lengths: committed length of each sequence, of `columns` columns at most.
             widths: columns of static layers without and with a window; None where the tree's rows come last.
         """
+        even = self.prompt is None and all(length == columns for length in lengths)
+        if even and tables.depth.shape[1] == 1 and not any(widths.values()):
+            return None
         masks = {
             kind: self._mask(tables, lengths, columns, widths.get(window is not None), window)
             for kind, window in self.windows.items()
