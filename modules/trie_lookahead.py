@@ -63,18 +63,18 @@ class TrieLookahead(Drafter):
         return branches
 
     def _best(self, places: Places) -> Iterator[tuple[tuple[int, ...], float]]:
-        """Paths below, the most frequent first; none is more frequent than its parent."""
+        """Paths below, the most frequent first, then the shortest; none is more frequent than its parent."""
         seen = sum(_seen(_below(places, token)) for token in _tokens(places))
-        heap: list[tuple[float, tuple[int, ...], Places]] = [(0.0, (), places)]
+        heap: list[tuple[float, int, tuple[int, ...], Places]] = [(0.0, 0, (), places)]
         while heap:
-            _, path, places = heapq.heappop(heap)
+            _, depth, path, places = heapq.heappop(heap)
             if path:
                 # One more than was seen: what came once may well not come again.
                 yield path, _seen(places) / (seen + 1)
             for token in _tokens(places):
                 below = _below(places, token)
                 own, shared = (0 if node is None else node.count for node in below)
-                heapq.heappush(heap, (-own - self.shared_weight * shared, (*path, token), below))
+                heapq.heappush(heap, (-own - self.shared_weight * shared, depth + 1, (*path, token), below))
 
     def end(self, rows: Sequence[Sequence[int]]) -> None:
         """See `Drafter`."""
