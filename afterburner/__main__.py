@@ -6,7 +6,7 @@ import runpy
 import sys
 from pathlib import Path
 
-_COMMANDS = ("fit", "evaluate", "export", "convert")
+_COMMANDS = ("fit", "evaluate", "export", "convert", "distill")
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Texts, conversations and answered prompts from local files, and their tokens with what is to be learned marked.
 
-A record is a dict with `text`, with `prompt` and `response`, or with `messages` (transformers' chat format; the
-`conversations` of ShareGPT files are read as such).
+A record is a dict with `text`; with `prompt` and `response`, the latter missing where it is still to be answered; or
+with `messages` (transformers' chat format; the `conversations` of ShareGPT files are read as such).
 """
 
 from __future__ import annotations
@@ -69,14 +69,16 @@ def tokenize(record: Record, tokenizer: PreTrainedTokenizerBase) -> TokenDocumen
     """The record's tokens; of conversations the assistant's, and of answered prompts the answer's, are to be learned.
 
     Raises:
-        ValueError: the tokenizer has no chat template, or one that tells the assistant's tokens from nobody's.
+        ValueError: the record has no answer, or the tokenizer no chat template that tells the assistant's tokens.
     """
     if "messages" in record:
-        return _conversation(record["messages"], tokenizer)
+        return _conversation(record["messages"], tokenizer, record.get("finished", True))
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    if "response" not in record:
+    if "text" in record:
         ids = _ids(record["text"], tokenizer)
         return TokenDocument([*ids, *end], [True] * (len(ids) + len(end)))
+    if "response" not in record:
+        raise ValueError("a prompt without a response is nothing to learn from: answer it with trainers.distill")
     prompt, response = (_ids(record[part], tokenizer) for part in ("prompt", "response"))
     response += end if record.get("finished", True) else []
     return TokenDocument([*prompt, *response], [False] * len(prompt) + [True] * len(response))
@@ -87,10 +89,14 @@ def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
 
-def _conversation(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> TokenDocument:
+def _conversation(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, finished: bool) -> TokenDocument:
     """A template that marks the assistant's turns is asked for them; of any other, every turn's tokens are compared."""
     if tokenizer.chat_template is None:
         raise ValueError(f"the tokenizer {tokenizer.name_or_path} has no chat template, which `messages` need")
+    if not finished:  # the template would close the turn where its speaker was cut off
+        before = _turns(messages[:-1], tokenizer, add_generation_prompt=True)
+        answer = _ids(messages[-1]["content"], tokenizer)
+        return TokenDocument([*before, *answer], [False] * len(before) + [True] * len(answer))
     if re.search(r"\{%-?\s*generation\b", str(tokenizer.chat_template)):
         encoded = tokenizer.apply_chat_template(
             messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
@@ -129,7 +135,8 @@ def _read_folder(folder: Path) -> list[Record]:
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file() or any(folder.rglob("*.parquet")):
         return list(_from_datasets(str(folder)))
     endings = (*TEXT_ENDINGS, ".jsonl", ".json")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix in endings)
+    visible = (path for path in folder.rglob("*") if not path.name.startswith("."))
+    paths = sorted(path for path in visible if path.suffix in endings)
     if not paths:
         raise ValueError(f"the folder {folder} holds no {', '.join(endings)} or .parquet file")
     return [record for path in paths for record in _read_file(path)]
@@ -191,9 +198,10 @@ def _record(row: Any, place: str) -> Record:
     if not isinstance(row, dict):
         raise ValueError(f"{place} is no object with {_FORMS}")
     if isinstance(turns := row.get("messages") or row.get("conversations"), list):
-        return {"messages": [_message(turn, place) for turn in turns]}
-    if isinstance(row.get("prompt"), str) and isinstance(row.get("response"), str):
-        return {name: row[name] for name in ("prompt", "response", "finished") if name in row}
+        cut = {"finished": False} if row.get("finished") is False else {}
+        return {"messages": [_message(turn, place) for turn in turns], **cut}
+    if isinstance(row.get("prompt"), str):
+        return {name: row[name] for name in ("prompt", "response", "finished") if row.get(name) is not None}
     if isinstance(row.get("text"), str):
         return {"text": row["text"]}
     raise ValueError(f"{place} has the keys {', '.join(map(str, row)) or 'none'} but needs {_FORMS}")

@@ -48,6 +48,14 @@ class Blocks:
         """Some of the blocks."""
         return Blocks(self.input_ids[index], self.position_ids[index], self.labels[index])
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The three by name."""
+        return {"input_ids": self.input_ids, "position_ids": self.position_ids, "labels": self.labels}
+
+    def to(self, device: torch.device | str) -> Blocks:
+        """The same blocks on a device."""
+        return Blocks(*(tensor.to(device) for tensor in self.tensors().values()))
+
     def model_inputs(self) -> dict[str, Any]:
         """Arguments of a model's call under which no token attends to another document."""
         return {"input_ids": self.input_ids, "position_ids": self.position_ids, "use_cache": False}

@@ -124,6 +124,8 @@ def test_a_text_is_learned_with_its_end_and_of_an_answer_the_prompt_is_not() -> 
     assert learned_text(answer) == "say<|endoftext|>" and tokenizer.decode(answer.ids) == "asksay<|endoftext|>"
     cut = tokenize({"prompt": "ask", "response": "say", "finished": False}, tokenizer)
     assert learned_text(cut) == "say"
+    with pytest.raises(ValueError, match="a prompt without a response is nothing to learn from"):
+        tokenize({"prompt": "ask"}, tokenizer)
 
 
 @pytest.mark.parametrize("template", [MARKED, UNMARKED])

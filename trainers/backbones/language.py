@@ -1,4 +1,4 @@
-"""What the embedded language models share: their tokenizer, their training loop, and how they are measured."""
+"""What the embedded language models share: their tokenizer and their training loop."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from data.records import tokenize
 from data.stdlib_text import Document
-from data.text import IGNORED, Blocks, TokenStream, WindowOrder
+from data.text import Blocks, TokenStream, WindowOrder
 from trainers.run_folder import atomic_write
+from trainers.text_quality import next_token_loss
 
 CONTEXT = 512
 END, PAD = "<|endoftext|>", "<|pad|>"
@@ -81,13 +81,6 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForC
 def stream_of(documents: Sequence[Document], tokenizer: PreTrainedTokenizerFast) -> TokenStream:
     """The documents' tokens."""
     return TokenStream.of([tokenize({"text": document.text}, tokenizer) for document in documents])
-
-
-def next_token_loss(logits: Tensor, blocks: Blocks) -> Tensor:
-    """Mean cross-entropy in nats of the next token; logits [B, T, V]."""
-    return functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), blocks.labels[:, 1:].flatten(), ignore_index=IGNORED
-    )
 
 
 def optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
@@ -186,28 +179,3 @@ def _keep(state: Path, model: nn.Module, both: list[Any], step: int, spent: floa
         "step": step, "spent": spent, "tokens": tokens,
     }  # fmt: skip
     atomic_write(state, lambda file: torch.save(content, file))
-
-
-@dataclass(frozen=True)
-class Quality:
-    """On whole documents in blocks of the full context."""
-
-    bits_per_byte: float
-    top1: float
-
-
-@torch.no_grad()
-def measure(model: LlamaForCausalLM, stream: TokenStream, text_bytes: int, batch: int = 8) -> Quality:
-    """Bits per byte and the share of tokens that are the model's first choice, over a stream of `text_bytes` bytes."""
-    model.eval()
-    length = min(CONTEXT, len(stream))
-    starts = torch.arange(0, len(stream) - length + 1, length - 1)
-    nats, hits, count = 0.0, 0, 0
-    for first in range(0, len(starts), batch):
-        blocks = stream.windows(starts[first : first + batch], length)
-        logits = model(**blocks.model_inputs()).logits
-        nats += float(next_token_loss(logits, blocks)) * (known := int((blocks.labels[:, 1:] != IGNORED).sum()))
-        hits += int((logits[:, :-1].argmax(-1) == blocks.labels[:, 1:]).sum())
-        count += known
-    scored = count / len(stream)  # the tail that fills no block is left out of both
-    return Quality(nats / math.log(2) / (text_bytes * scored), hits / count)
