@@ -30,6 +30,10 @@ LORA = {
 }
 
 
+def blocks_of(task: Any) -> Any:
+    return task._text()
+
+
 def run(task: Any, folder: Path) -> Any:
     train(task, RunFolder(folder), Console(file=io.StringIO()))
     return task
@@ -43,7 +47,7 @@ def test_heads_learn_how_far_they_look(tmp_path: Path) -> None:
     )
     frozen = state_hash(task.model)
     run(task, tmp_path)
-    blocks = task.blocks
+    blocks = blocks_of(task)
     hidden = last_hidden_state(task.model, input_ids=blocks.input_ids, position_ids=blocks.position_ids)
     for head in range(3):
         guesses = task.learned.heads(hidden, task.layer, head).argmax(-1)
@@ -56,7 +60,7 @@ def test_heads_learn_how_far_they_look(tmp_path: Path) -> None:
 def test_documents_that_share_a_block_do_not_see_each_other() -> None:
     texts = [[5, 9, 30, 7, 11, 200], [44, 3, 2, 90, 8]]
     task = tiny_task(pack([TokenDocument(ids, [True] * len(ids)) for ids in texts], 12, PAD, whole=True))
-    together = task._hidden(task.blocks)[0]
+    together = task._hidden(blocks_of(task))[0]
     alone = [last_hidden_state(task.model, input_ids=torch.tensor([ids]))[0] for ids in texts]
     torch.testing.assert_close(together[: len(texts[0])], alone[0])
     torch.testing.assert_close(together[len(texts[0]) : sum(map(len, texts))], alone[1])
@@ -87,6 +91,16 @@ def test_medusa_2_trains_lora_beside_the_heads_and_leaves_the_backbone(tmp_path:
     assert "learned.lora" in table
 
 
+def test_recorded_states_train_the_same_heads(tmp_path: Path) -> None:
+    trained = []
+    for more in ({}, {"data.recorded": str(tmp_path / "states")}, {"data.recorded": str(tmp_path / "states")}):
+        task = tiny_task(periodic(13, 24, 13), **more, trainer__max_steps="3", trainer__save_every="3")
+        trained.append(run(task, tmp_path / str(len(trained))).learned.state_dict())
+    assert (tmp_path / "states" / "index.json").is_file()
+    torch.testing.assert_close(trained[1], trained[0])
+    assert all(torch.equal(value, trained[1][name]) for name, value in trained[2].items())
+
+
 def gradients(task: Any, loss: Tensor) -> list[Tensor]:
     parameters = [p for part in task.learned.lora_parts().values() for p in part.parameters()]
     return list(torch.autograd.grad(loss, parameters, allow_unused=False))
@@ -94,7 +108,7 @@ def gradients(task: Any, loss: Tensor) -> list[Tensor]:
 
 def test_medusa_2s_own_loss_is_the_divergence_from_the_backbone_without_lora() -> None:
     task = tiny_task(periodic(13, 24, 4), **{**LORA, "lora.targets": "[q_proj, lm_head]"})
-    blocks = task.blocks
+    blocks = blocks_of(task)
     assert task._backbone_loss(task._hidden(blocks), blocks).abs() < 1e-6
     with torch.no_grad():
         for part in task.learned.lora_parts().values():

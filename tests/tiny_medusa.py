@@ -28,9 +28,9 @@ def save_tiny(folder: Path) -> str:
     letters = tokenizer("abcdefgh", add_special_tokens=False).input_ids
     model.generation_config.suppress_tokens = [token for token in range(VOCABULARY) if token not in letters]
     choice = random.Random(0)
-    prompts = ["".join(choice.choices("abcdefgh", k=6)) for _ in range(300)]
+    prompts = ["".join(choice.choices("abcdefgh", k=6)) for _ in range(200)]
     ids = torch.tensor(tokenizer(prompts).input_ids)
-    texts = model.generate(input_ids=ids, max_new_tokens=40, do_sample=False)[:, ids.shape[1] :]
+    texts = model.generate(input_ids=ids, max_new_tokens=32, do_sample=False)[:, ids.shape[1] :]
     records = [
         {"prompt": p, "response": tokenizer.decode(t), "finished": False} for p, t in zip(prompts, texts, strict=True)
     ]
@@ -74,4 +74,4 @@ def tiny_task(blocks: Blocks, model: Any = None, prompts: Any = ((5, 6, 7), (9, 
     recipe = tiny_recipe("folder", **changes)
     model = tiny_llama() if model is None else model
     torch.manual_seed(0)
-    return MedusaTask(recipe, model, tiny_heads(model, recipe), blocks, prompts, PAD)
+    return MedusaTask(recipe, model, tiny_heads(model, recipe), lambda: blocks, prompts, PAD)

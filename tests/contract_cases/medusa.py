@@ -43,7 +43,7 @@ def case(folder: Path) -> ContractCase:
         choices = task.calibrated().tree
         ordered = sorted(map(tuple, choices), key=lambda choice: (len(choice), choice))
         place, drafts = prompt.shape[1], []  # the root's; the state before it guesses what follows it
-        while place < len(ids) - 1:
+        while place + 2 < len(ids):  # where only one token is missing nothing is guessed
             hidden = last_hidden_state(task.model, input_ids=ids[None, :place])[0, -1]
             logits = [task.learned.heads(hidden, task.layer, head) for head in range(2)]
             guess = {choice: int(logits[len(choice) - 1].topk(4).indices[choice[-1]]) for choice in ordered}

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import os
+from functools import cache, partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from data.records import tokenize, training_records
+from data.records import read_records, tokenize, training_records
+from data.stepped import derive_seed
 from data.text import IGNORED, Blocks, pack
 from modules.language_models import load_model
 from modules.medusa import MedusaConfig, MedusaHeads, OutputLayer
+from trainers import distill
+from trainers.config import DistillConfig
 from trainers.medusa.prompts import prompts_for
 from trainers.medusa.task import MedusaTask
 from trainers.schemas.medusa import Recipe
+
+_ANSWERED_AT_ONCE = 64
 
 
 def build_task(recipe: Recipe) -> MedusaTask:
@@ -27,14 +34,14 @@ def build_task(recipe: Recipe) -> MedusaTask:
     model, tokenizer = load_model(backbone.name, backbone.revision, backbone.dtype)
     model.to(_device(recipe))
     pad = int(tokenizer.pad_token_id)
-    blocks = _blocks(recipe, tokenizer, pad)
+    text = cache(partial(_blocks, recipe, tokenizer))
     layer = OutputLayer.of(model)
     size = recipe.module.draft_vocab_size
-    drafted = None if size is None else most_frequent(blocks, size, layer.weight.shape[0])
+    drafted = None if size is None else most_frequent(text(), size, layer.weight.shape[0])
     heads = MedusaHeads(_config(recipe, layer)).to(layer.weight.device)
     heads.start_from(layer, None if drafted is None else drafted.to(layer.weight.device))
     prompts = prompts_for("calibration", data.prompts or data.path, tokenizer, data.holdout, data.prompt_length)
-    return MedusaTask(recipe, model, heads, blocks, [prompt.ids for prompt in prompts], pad)
+    return MedusaTask(recipe, model, heads, text, [prompt.ids for prompt in prompts], pad)
 
 
 def _config(recipe: Recipe, layer: OutputLayer) -> MedusaConfig:
@@ -52,10 +59,31 @@ def _config(recipe: Recipe, layer: OutputLayer) -> MedusaConfig:
     )
 
 
-def _blocks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, pad: int) -> Blocks:
+def _blocks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Blocks:
+    """The text that is learned from, packed."""
     data = recipe.data
-    documents = [tokenize(record, tokenizer) for record in training_records(data.path)]
-    return pack(documents, data.length, pad, data.whole)
+    records = read_records(str(_answers(recipe))) if data.answers else training_records(data.path)
+    documents = [tokenize(record, tokenizer) for record in records]
+    return pack(documents, data.length, int(tokenizer.pad_token_id), data.whole)
+
+
+def _answers(recipe: Recipe) -> Path:
+    """The folder of the backbone's own answers; what is there from an earlier run, or a part of it, is kept."""
+    backbone, data = recipe.backbone, recipe.data
+    settings = DistillConfig(
+        backbone=backbone,
+        prompts=data.path,
+        output="",
+        count=data.answers,
+        max_new_tokens=data.answer_tokens,
+        temperature=data.temperature,
+        batch_size=_ANSWERED_AT_ONCE,
+        seed=recipe.seed,
+    )
+    name = f"{derive_seed(settings.model_dump_json(exclude={'output', 'device'})):016x}"
+    folder = Path(recipe.output_dir) / "answers" / name
+    distill.run(settings.model_copy(update={"output": str(folder)}))
+    return folder
 
 
 def most_frequent(blocks: Blocks, count: int, vocabulary: int) -> Tensor:

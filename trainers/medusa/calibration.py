@@ -106,13 +106,3 @@ def calibrated(
     accuracy = counted.accuracy()
     tree = fastest_tree(model, heads, accuracy) if isinstance(nodes, str) else best_tree(accuracy, nodes)
     return replace(counted, tree=tree)
-
-
-def repeated_trigram_share(texts: Sequence[Sequence[int]]) -> float:
-    """Share of trigrams that occurred before in the same text: loops flatter whoever copies from the context."""
-    repeated = total = 0
-    for ids in texts:
-        trigrams = [tuple(ids[i : i + 3]) for i in range(len(ids) - 2)]
-        total += len(trigrams)
-        repeated += len(trigrams) - len(set(trigrams))
-    return repeated / max(1, total)

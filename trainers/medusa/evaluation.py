@@ -27,8 +27,8 @@ from modules.prompt_lookup import PromptLookup
 from modules.trie_lookahead import TrieLookahead
 from trainers.evaluation import Measured, Request
 from trainers.language_cases import LanguageCase, measure_language_cases
-from trainers.medusa.calibration import repeated_trigram_share
 from trainers.medusa.prompts import prompts_for
+from trainers.text_quality import repeated_share
 from trainers.verdict import lossless_verdict
 
 _PROMPT_LENGTH, _LOOKED_UP, _BLOCK = 256, 10, 256
@@ -57,7 +57,7 @@ def measure(request: Request) -> Measured:
     plain = [found.texts[cases[0].name][i][len(prompt.ids) :] for i, prompt in enumerate(prompts)]
     categories = list(dict.fromkeys(prompt.category for prompt in prompts))
     repeated = {
-        name: repeated_trigram_share([t for t, prompt in zip(plain, prompts, strict=True) if prompt.category == name])
+        name: repeated_share([t for t, prompt in zip(plain, prompts, strict=True) if prompt.category == name])
         for name in categories
     }
     own = next(row for row in found.rows if row.kind == "adapter")

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from checkpoints.card import card
 from checkpoints.manifest import Manifest, describe, fingerprint
 from checkpoints.save import write_adapter
+from data.recorded import INDEX_FILE, RecordedStates, record_states
 from data.text import IGNORED, Blocks
 from modules.medusa import (
     MedusaConfig,
@@ -40,7 +41,8 @@ from trainers.schemas.medusa import Recipe
 
 WATCHED_NODES, WATCHED_PROMPTS = 16, 8
 
-Batch = tuple[Tensor, Tensor, Tensor]
+Batch = tuple[Tensor, Tensor, Tensor, Tensor | None]
+"""Ids, positions, labels, and the last hidden states where they were recorded."""
 
 
 class Learned(nn.Module):
@@ -65,7 +67,6 @@ class MedusaTask(FrozenBackboneTask):
     Attributes:
         model: the backbone, with its output matrix.
         layer: the backbone's output layer.
-        blocks: the packed text that is learned from.
         prompts: held-out prompts, token ids, that calibration and the accepted length are measured on.
         pad: the token that shorter prompts of a batch are filled up with.
     """
@@ -77,13 +78,13 @@ class MedusaTask(FrozenBackboneTask):
         recipe: Recipe,
         model: Any,
         heads: MedusaHeads,
-        blocks: Blocks,
+        text: Callable[[], Blocks],
         prompts: Sequence[Sequence[int]],
         pad: int,
     ) -> None:
         copied = {"heads": "the output matrix"} if recipe.module.vocabulary in ("own", "pruned") else {}
         super().__init__(model, Learned(heads), recipe, copied)
-        self.settings, self.model, self.blocks = recipe, model, blocks
+        self.settings, self.model, self._text = recipe, model, text
         self.prompts, self.pad = list(prompts), pad
         self.fingerprint, self.description = fingerprint(model), describe(model)
         self._frozen = [parameter for parameter in model.parameters()]
@@ -110,17 +111,32 @@ class MedusaTask(FrozenBackboneTask):
         return rows
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Packed blocks."""
+        """Packed blocks, made when training begins: an export has no need of them."""
+        blocks, data = self._text(), self.settings.data
+        states = None if data.recorded is None else self._recorded(blocks, Path(data.recorded))
 
         def fetch(index: Tensor) -> Batch:
-            chosen = self.blocks.select(index)
-            return chosen.input_ids, chosen.position_ids, chosen.labels
+            hidden, chosen = (None, blocks.select(index)) if states is None else states.batch(index)
+            return chosen.input_ids, chosen.position_ids, chosen.labels, hidden
 
-        return self.stepped_loader(fetch, len(self.blocks), self.settings.data.batch_size)
+        return self.stepped_loader(fetch, len(blocks), self.settings.data.batch_size)
+
+    def _recorded(self, blocks: Blocks, folder: Path) -> RecordedStates:
+        """The states of these blocks, read back or computed first."""
+        if not (folder / INDEX_FILE).is_file():
+            batch_size = self.settings.data.batch_size
+            return record_states(self.model, blocks, folder, fingerprint=self.fingerprint, batch_size=batch_size)
+        states = RecordedStates(folder, self.fingerprint)
+        last = torch.tensor([len(states) - 1])
+        if len(states) != len(blocks) or not torch.equal(states.batch(last)[1].labels, blocks.select(last).labels):
+            raise ValueError(f"data.recorded is '{folder}', which holds states of another text: name a new folder")
+        return states
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One update's loss: the heads', and for Medusa-2 the backbone's own beside it."""
-        blocks = Blocks(*batch)
+        blocks, recorded = Blocks(*batch[:3]), batch[3]
+        if recorded is not None:
+            return self._heads_loss(recorded, blocks)
         if not self._backbone_learns():
             with torch.no_grad(), self._lora_off():
                 hidden = self._hidden(blocks)

@@ -52,9 +52,22 @@ class Data(Section):
         description="a text file, a .jsonl file with text, prompt and response, or messages, a folder of these, a "
         "folder that datasets saved, a Hub id, or stdlib: the sources of Python's standard library",
     )
+    answers: int = Field(
+        default=0,
+        ge=0,
+        description="prompts of stdlib that the backbone answers first, to be learned from instead; 0 takes path as it "
+        "is, which may hold such answers already (python -m trainers.distill)",
+    )
+    answer_tokens: PositiveInt = Field(default=128, description="most tokens of such an answer")
+    temperature: float = Field(default=0.3, ge=0, description="that the answers are drawn with")
     length: PositiveInt = Field(default=512, description="tokens of a training block; documents are packed into them")
     whole: bool = Field(default=False, description="every document stays in one block, cut at length (conversations)")
     batch_size: PositiveInt = Field(default=8, description="blocks per update and device, prompts decoded at a time")
+    recorded: Text | None = Field(
+        default=None,
+        description="folder for the backbone's last hidden states of all blocks, computed once and streamed back; null "
+        "runs the backbone in every update",
+    )
     prompts: Text | None = Field(
         default=None, description="where held-out prompts for calibration come from, as path; null takes path"
     )
@@ -111,6 +124,15 @@ class Recipe(RecipeBase):
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Recipe:
+        if self.data.answers and self.data.path != "stdlib":
+            raise ValueError(
+                "data.answers answers prompts of stdlib: of other sources run python -m trainers.distill, and set "
+                "data.path to its output"
+            )
+        if self.lora.rank and self.data.recorded:
+            raise ValueError("data.recorded holds states of the backbone as it is: leave it out where lora trains it")
+        if self.data.recorded and self.trainer.devices != 1:
+            raise ValueError("data.recorded is written and read by one process: set trainer.devices to 1")
         if self.evaluation.prompts is None:
             self.evaluation.prompts = self.data.prompts or self.data.path
         if self.lora.rank and self.trainer.ema:
