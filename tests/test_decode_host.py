@@ -142,6 +142,17 @@ def test_1_limits_count_inside_a_chunk(limit: int, cache: str) -> None:
     assert counts.tokens == limit - 1
 
 
+@pytest.mark.parametrize("batch", [1, 4])
+def test_learned_positions_are_never_left(batch: int) -> None:
+    """Up to the last position that there is, while other sequences still draft deeply."""
+    model, inputs = tiny_model("gpt2"), prompts(batch)
+    known = texts(inputs, plain(model, **inputs, **GREEDY))
+    for drafter in (Ragged(known), Knowing(TREES["chain"], known), Random(TREES["dense"])):
+        want, got, counts = both(model, drafter, **inputs, **GREEDY)
+        assert torch.equal(got, want) and got.shape[1] == model.config.n_positions
+    assert counts.steps
+
+
 @pytest.mark.parametrize("tree", TREES)
 def test_2_and_6_tokens_per_step_are_counted(tree: str) -> None:
     model, inputs = tiny_model(), prompts(1)
@@ -342,6 +353,19 @@ def test_a_single_sequence_calls_processors_as_plain_decoding_does() -> None:
     }
     want, got, _ = both(model, Random(TREES["wide"]), **inputs, **GREEDY, **allowed)
     assert torch.equal(got, want)
+
+
+def test_arguments_may_come_without_names() -> None:
+    model, inputs = tiny_model(), prompts(1)
+    config = GenerationConfig(max_new_tokens=9, do_sample=False)
+    until = StoppingCriteriaList([Until()])
+    want = type(model).generate(model, inputs["input_ids"], config, None, until)
+    with attach_drafter(model, Random(TREES["dense"])) as handle:
+        assert torch.equal(model.generate(inputs["input_ids"], config, None, until), want)
+        assert handle.counts.generations == 1
+        config.num_beams = 2
+        model.generate(inputs["input_ids"], config)
+        assert handle.counts.generations == 1
 
 
 def test_what_asks_for_another_way_of_decoding_gets_it() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PhiConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, PhiConfig, Qwen2Config
 
 from modules.contracts import Drafter
 from modules.decode_host import Draft, DraftState, Tree
@@ -35,6 +35,16 @@ CONFIGS: dict[str, Any] = {
     ),
     "mistral": lambda: MistralConfig(**SIZES, sliding_window=None),
     "mistral_sliding": lambda: MistralConfig(**SIZES, sliding_window=12),
+    "gpt2": lambda: GPT2Config(
+        vocab_size=VOCABULARY,
+        n_positions=33,  # learned, and there are no more
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        initializer_range=0.4,
+        bos_token_id=None,
+        eos_token_id=None,
+    ),
     "phi": lambda: PhiConfig(**SIZES, partial_rotary_factor=0.5),
 }
 TREES = {

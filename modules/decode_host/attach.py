@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
 from typing import Any
 
@@ -32,6 +33,7 @@ class DecodeHandle(Handle):
             raise ValueError("the model's generate is replaced already: detach what did it, or join drafters by Hybrid")
         self.drafter = decoding.drafter
         self._model, self._plain, self._decoding = model, model.generate, decoding
+        self._signature = inspect.signature(self._plain)
         model.generate = self._generate
 
     @property
@@ -50,26 +52,29 @@ class DecodeHandle(Handle):
             self._model = None
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        named = self._signature.bind(*args, **kwargs).arguments
+        rest = named.pop("args", ())  # a wrapper's, whose own arguments have no names
+        call = {**named, **named.pop("kwargs", {})}
         config, _ = self._model._prepare_generation_config(
-            kwargs.get("generation_config"),
-            **{name: value for name, value in kwargs.items() if name != "generation_config"},
+            call.get("generation_config"),
+            **{name: value for name, value in call.items() if name != "generation_config"},
         )
         if (
-            kwargs.get("custom_generate") is not None
-            or config.get_generation_mode(kwargs.get("assistant_model")) not in MODES
-            or self._model.config.is_encoder_decoder
+            call.get("custom_generate") is None
+            and config.get_generation_mode(call.get("assistant_model")) in MODES
+            and not self._model.config.is_encoder_decoder
         ):
-            return self._plain(*args, **kwargs)
-        return self._plain(*args, **self._prepared(config, kwargs))
+            call = self._prepared(config, call)
+        return self._plain(*rest, **call)
 
-    def _prepared(self, config: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-        # transformers hands a custom_generate neither the streamer nor what stop strings were made of.
-        kwargs = {**kwargs, "custom_generate": partial(self._decoding, streamer=kwargs.get("streamer"))}
-        if config.stop_strings is not None and kwargs.get("tokenizer") is not None:
-            stop = StopStringCriteria(kwargs["tokenizer"], config.stop_strings)
-            kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or []), stop])
-            kwargs["stop_strings"] = None
-        return kwargs
+    def _prepared(self, config: Any, call: dict[str, Any]) -> dict[str, Any]:
+        # transformers hands a custom_generate neither the streamer nor the tokenizer that stop strings need.
+        call = {**call, "custom_generate": partial(self._decoding, streamer=call.get("streamer"))}
+        if config.stop_strings is not None and call.get("tokenizer") is not None:
+            stop = StopStringCriteria(call["tokenizer"], config.stop_strings)
+            call["stopping_criteria"] = StoppingCriteriaList([*(call.get("stopping_criteria") or []), stop])
+            call["stop_strings"] = None
+        return call
 
 
 def attach_drafter(model: Any, drafter: Drafter, sampling: Rule | None = None) -> DecodeHandle:

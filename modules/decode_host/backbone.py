@@ -71,7 +71,7 @@ class Backbone:
         if model_kwargs.get("inputs_embeds") is not None:
             raise ValueError("the prompt is given as inputs_embeds, which drafters cannot read: give input_ids")
         # A conversation may go on with its new ids alone; the mask, or its length where it was all ones, has them all.
-        seen = generation_config._mask_length if mask is None else mask.shape[1]
+        seen = getattr(generation_config, "_mask_length", input_ids.shape[1]) if mask is None else mask.shape[1]
         self._last = generation_config.max_length - 1 + seen - input_ids.shape[1]
         self._room = prepare_cache(model_kwargs.get("past_key_values"), self._last)
         positions = model_kwargs.get("position_ids")
@@ -81,7 +81,8 @@ class Backbone:
         self.cache = outputs.past_key_values
         length = int(self.cache.get_seq_length())
         self.lengths, self.columns = [length] * len(input_ids), length
-        self._masks = TreeMasks(self.windows, None if mask is None else mask[:, :length].bool(), _dtype(model))
+        padding = None if mask is None or bool(mask.all()) else mask[:, :length].bool()
+        self._masks = TreeMasks(self.windows, padding, _dtype(model))
         # Column `length` of each sequence has the position after its last; plain decoding counts on from there.
         self._offset = (positions[:, -1:] + 1 - length).expand(len(input_ids), 1).to(model.device)
         self._widths = {bool(layer.is_sliding): getattr(layer, "max_cache_len", None) for layer in self.cache.layers}

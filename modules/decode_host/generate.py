@@ -55,7 +55,9 @@ class DraftedDecoding:
         """
         config = generation_config
         _check(model, config, synced_gpus)
-        output = Output(input_ids, model_kwargs.get("attention_mask"), stopping_criteria, config, streamer)
+        output = Output(
+            input_ids, model_kwargs.get("attention_mask"), stopping_criteria, config, streamer, model.device
+        )
         rule = (self.sampling or Sampled()) if config.do_sample else Exact()
         keeps = bool(config.return_dict_in_generate and (config.output_scores or config.output_logits))
         verifier = Verifier(rule, logits_processor, len(input_ids), keeps)
@@ -64,13 +66,13 @@ class DraftedDecoding:
         self.drafter.begin(output.rows)
         with backbone.listening(), model._optimize_model_for_decode():
             logits = backbone.prefill(input_ids, config, model_kwargs)
-            tables = ROOT_ALONE.tables(logits.device)
-            verdict = verifier(logits, input_ids[:, -1:], [ROOT_ALONE], tables, output.context, output.active)
-            self._emit(output, verdict, verifier, logits, [ROOT_ALONE])
+            vocabulary = logits.shape[-1]
+            trees, tokens = [ROOT_ALONE], input_ids[:, -1:].to(logits.device)
+            verdict = verifier(logits, tokens, trees, ROOT_ALONE.tables(logits.device), output.context, output.active)
+            self._emit(output, verdict, verifier, logits, trees)
             while any(output.active):
                 trees, tokens = self._draft(output, verdict, backbone)
                 tables = trees[0].tables(tokens.device) if len(trees) == 1 else TreeTables.of(trees, tokens.device)
-                vocabulary = logits.shape[-1]
                 logits = backbone(tokens.clamp(0, vocabulary - 1), tables)
                 active = output.active
                 verdict = verifier(logits, tokens, trees, tables, output.context, active)
@@ -83,10 +85,8 @@ class DraftedDecoding:
 
     def _draft(self, output: Output, verdict: Verdict, backbone: Backbone) -> tuple[list[Tree], Tensor]:
         """The trees and tokens [B, M] of the next step, the root's token first."""
-        room = output.room
-        nodes = min(room, backbone.room) if backbone.room is not None else room
-        root = verdict.root[:, None]
-        if room == 1 or nodes == 1:
+        room, root = output.room, verdict.root[:, None]
+        if 1 in (room, backbone.room):
             return [ROOT_ALONE], root
         hidden = backbone.hidden
         if hidden is not None:

@@ -18,12 +18,15 @@ class Output:
         active: which sequences still take tokens.
     """
 
-    def __init__(self, input_ids: Tensor, mask: Tensor | None, criteria: Any, config: Any, streamer: Any) -> None:
-        self.input_ids, self.criteria, self.streamer = input_ids, criteria, streamer
-        self._prompt: list[list[int]] = input_ids.tolist()
+    def __init__(
+        self, input_ids: Tensor, mask: Tensor | None, criteria: Any, config: Any, streamer: Any, device: torch.device
+    ) -> None:
+        """`device`: where logits processors and stopping criteria look at ids."""
+        self.input_ids, self.streamer, self.device = input_ids, streamer, device
+        prompt: list[list[int]] = input_ids.tolist()
         pads = [0] * len(input_ids) if mask is None else _leading_zeros(mask[:, -input_ids.shape[1] :])
-        self.rows = [row[pad:] for row, pad in zip(self._prompt, pads, strict=True)]
-        self._pads = [row[:pad] for row, pad in zip(self._prompt, pads, strict=True)]
+        self.rows = [row[pad:] for row, pad in zip(prompt, pads, strict=True)]
+        self._pads = [row[:pad] for row, pad in zip(prompt, pads, strict=True)]
         self._limit = criteria.max_length if criteria.max_length is not None else config.max_length
         eos = [c.eos_token_id for c in criteria if hasattr(c, "eos_token_id")]
         self._ends = {int(token) for tokens in eos for token in tokens.reshape(-1)}
@@ -53,7 +56,7 @@ class Output:
 
     def context(self, row: int) -> Tensor:
         """All ids [1, T] of a sequence, left padding included."""
-        return self.input_ids.new_tensor([self._pads[row] + self.rows[row]])
+        return torch.tensor([self._pads[row] + self.rows[row]], device=self.device)
 
     def take(self, row: int, tokens: Sequence[int]) -> int:
         """Adds tokens to a sequence, up to one that ends it; returns how many."""
@@ -73,7 +76,7 @@ class Output:
         if not self._others:
             return False
         context, scores = self.context(row), self._scores[row]
-        seen = tuple(score[None] for score in scores[: len(self.rows[row])]) if scores else None
+        seen = tuple(score[None] for score in scores[: self._taken(row)]) if scores else None
         return any(bool(criterion(context, seen).all()) for criterion in self._others)
 
     def record(self, row: int, scores: Tensor, logits: Tensor) -> None:
@@ -83,6 +86,9 @@ class Output:
 
     def _length(self, row: int) -> int:
         return len(self._pads[row]) + len(self.rows[row])
+
+    def _taken(self, row: int) -> int:
+        return self._length(row) - self.input_ids.shape[1]
 
     def stream(self) -> None:
         """Hands the tokens that all sequences have, or no longer need, to the streamer."""
@@ -116,20 +122,21 @@ class Output:
             self.streamer.end()
         if not config.return_dict_in_generate:
             return self.sequences()
-        count = self._end - self.input_ids.shape[1]
         return GenerateDecoderOnlyOutput(
             sequences=self.sequences(),
-            scores=_by_token(self._scores, count) if config.output_scores else None,
-            logits=_by_token(self._logits, count) if config.output_logits else None,
+            scores=self._by_token(self._scores) if config.output_scores else None,
+            logits=self._by_token(self._logits) if config.output_logits else None,
             past_key_values=cache,
+        )
+
+    def _by_token(self, rows: list[list[Tensor]]) -> tuple[Tensor, ...]:
+        """One [B, V] for each token; zeros where a sequence had ended."""
+        blank = torch.zeros_like(rows[0][0])
+        return tuple(
+            torch.stack([each[t] if t < self._taken(row) else blank for row, each in enumerate(rows)])
+            for t in range(self._end - self.input_ids.shape[1])
         )
 
 
 def _leading_zeros(mask: Tensor) -> list[int]:
     return [int(n) for n in (mask.cumsum(dim=1) == 0).sum(dim=1)]
-
-
-def _by_token(rows: list[list[Tensor]], count: int) -> tuple[Tensor, ...]:
-    """One [B, V] for each token; zeros where a sequence had ended."""
-    blank = torch.zeros_like(rows[0][0])
-    return tuple(torch.stack([row[t] if t < len(row) else blank for row in rows]) for t in range(count))
