@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from checkpoints.load import load_adapter
 from data.text import TokenDocument, pack
 from modules.medusa import StackedHeads, heads_of
 from modules.medusa.lora import lora_off
@@ -136,6 +137,37 @@ def test_medusa_2_begins_with_the_heads_alone(tmp_path: Path) -> None:
     task.training_step = watched
     run(task, tmp_path)
     assert seen == [(0, False), (1, False), (2, False), (3, False), (4, True)]
+
+
+def test_a_medusa_2_adapter_brings_its_lora_and_takes_it_away(tmp_path: Path) -> None:
+    changes = {**LORA, "lora.loss": "ce", "trainer.max_steps": "6", "trainer.save_every": "6"}
+    task = run(tiny_task(periodic(13, 24, 13), **changes), tmp_path)
+    task.export_adapter(tmp_path / "adapter")
+    model, ids = tiny_llama(), torch.tensor([[5, 9, 30, 7, 11, 200]])
+    want, parts = model(input_ids=ids).logits, {name: type(part) for name, part in model.named_modules()}
+    call = {"input_ids": ids, "max_new_tokens": 12, "do_sample": False}
+    with load_adapter(model, tmp_path / "adapter"):
+        task.learned.eval()
+        torch.testing.assert_close(model(input_ids=ids).logits, task.model(input_ids=ids).logits)
+        assert not torch.equal(model(input_ids=ids).logits, want)
+        assert torch.equal(model.generate(**call), task.model.generate(**call))
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert torch.equal(model(input_ids=ids).logits, want)
+    assert {name: type(part) for name, part in model.named_modules()} == parts and not hasattr(model, "peft_config")
+    with pytest.raises(ValueError, match="no place for the LoRA"):
+        task.export_formats["tgi"](tmp_path / "tgi")
+
+
+def test_an_adapter_may_store_half_of_the_bytes_and_runs_in_the_backbones_dtype(tmp_path: Path) -> None:
+    blocks = periodic(13, 24, 13)
+    whole, half = (tiny_task(blocks, module__stored=kind) for kind in ("backbone", "bfloat16"))
+    for task, name in ((whole, "whole"), (half, "half")):
+        task.export_adapter(tmp_path / name)
+    sizes = [(tmp_path / name / "adapter_model.safetensors").stat().st_size for name in ("whole", "half")]
+    assert 1.8 < sizes[0] / sizes[1] < 2.0
+    model = tiny_llama()
+    with load_adapter(model, tmp_path / "half") as handle:
+        assert handle.medusa.heads.logits(torch.randn(1, 32)).dtype == torch.float32
 
 
 def test_the_sine_ramp_ends_at_the_full_weight() -> None:

@@ -25,7 +25,8 @@ class StackedHeads:
 
     def __init__(self, heads: MedusaHeads, backbone: OutputLayer) -> None:
         parts = [cast(MedusaHead, head) for head in heads.heads]
-        self.backbone, self.token_ids, self.count = backbone, heads.token_ids, len(parts)
+        self.backbone, self.token_ids = backbone, heads.token_ids
+        self.count, self.size = len(parts), heads.config.output_size
         # [K, D, D] and [K, 1, D] of every block, ready for baddbmm.
         self._blocks = [
             (
@@ -44,6 +45,11 @@ class StackedHeads:
             self._down = _stack([cast(LowRankVocabulary, v).down for v in own])
             self._up = _stack([cast(LowRankVocabulary, v).up for v in own])
 
+    @property
+    def device(self) -> torch.device:
+        """Where the heads are."""
+        return self._blocks[0][0].device
+
     def logits(self, hidden_BD: Tensor, count: int | None = None) -> Tensor:
         """Logits [K, B, V'] of the first `count` heads, for states [B, D]."""
         K = self.count if count is None else count
@@ -51,12 +57,11 @@ class StackedHeads:
         for weight, bias in self._blocks:
             states = states + functional.silu(torch.baddbmm(bias[:K], states, weight[:K]))
         if self._own is not None:
-            product = torch.bmm(states, self._own[:K].transpose(1, 2))
+            product = _rows_times(states, self._own[:K])
             return self.backbone.finish(product if self._own_bias is None else product + self._own_bias[:K])
         product = self.backbone.product(states)  # one read of the matrix for all heads
         if self._down is not None and self._up is not None:
-            narrow = torch.bmm(states, self._down[:K].transpose(1, 2))
-            product = product + torch.bmm(narrow, self._up[:K].transpose(1, 2))
+            product = product + _rows_times(_rows_times(states, self._down[:K]), self._up[:K])
         return self.backbone.finish(product)
 
     def top(self, hidden_BD: Tensor, ranks: int, count: int | None = None) -> tuple[Tensor, Tensor]:
@@ -76,6 +81,11 @@ class StackedHeads:
         blocks = [tensor for pair in self._blocks for tensor in pair]
         held = [*blocks, self._own, self._own_bias, self._down, self._up, self.token_ids]
         return sum(tensor.nbytes for tensor in held if tensor is not None)
+
+
+def _rows_times(states_KBD: Tensor, matrix_KVD: Tensor) -> Tensor:
+    """[K, B, V].  With the matrix on the left: for a single row that takes a third of the time on a CPU."""
+    return torch.bmm(matrix_KVD, states_KBD.transpose(1, 2)).transpose(1, 2)
 
 
 def _stack(weights: Sequence[Tensor]) -> Tensor:
@@ -111,11 +121,10 @@ class MedusaDrafter(Drafter):
         if ordered and len(ordered[-1]) > heads.count:
             raise ValueError(f"the tree is {len(ordered[-1])} deep but there are {heads.count} heads")
         tree, ranks = Tree.from_choices(ordered), 1 + max((max(choice) for choice in ordered), default=0)
-        size = heads.backbone.weight.shape[0] if heads.token_ids is None else len(heads.token_ids)
-        if ranks > size:
-            raise ValueError(f"the tree asks for rank {ranks} but a head tells {size} tokens apart")
+        if ranks > heads.size:
+            raise ValueError(f"the tree asks for rank {ranks} but a head tells {heads.size} tokens apart")
         place = [(len(choice) - 1) * ranks + choice[-1] for choice in ordered]
-        self._place_N = torch.tensor(place, dtype=torch.int64, device=heads.backbone.weight.device)
+        self._place_N = torch.tensor(place, dtype=torch.int64, device=heads.device)
         self.choices, self.tree, self._ranks = ordered, tree, ranks
         self._chance = _chances(ordered, self._accuracy)
 

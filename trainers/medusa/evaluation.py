@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,6 @@ from data.records import STDLIB, held_out_records, tokenize
 from data.text import IGNORED, pack
 from modules.decode_host.attach import attach_drafter
 from modules.decode_host.search import expected_tokens
-from modules.embedded import EMBEDDED
 from modules.hybrid import Hybrid
 from modules.language_models import load_model
 from modules.medusa import MedusaConfig, MedusaHandle, OutputLayer, attach
@@ -33,7 +33,6 @@ from trainers.verdict import lossless_verdict
 
 _PROMPT_LENGTH, _LOOKED_UP, _BLOCK = 256, 10, 256
 _DRAFTS = {"embedded:llama": "embedded:llama_draft"}
-Enter = Callable[[], AbstractContextManager[dict[str, Any]]]
 
 
 def measure(request: Request) -> Measured:
@@ -74,9 +73,16 @@ def measure(request: Request) -> Measured:
         "measured_tokens_per_step": own.work["tokens_per_step"],
         "accuracy": config.accuracy(),
     }
+    rows = found.rows
     if config.lora is not None:
-        facts["perplexity"] = _perplexities(model, load, source, tokenizer, settings.inputs)
-    return Measured(rows=found.rows, verdict=lossless_verdict(found.rows), facts=facts, plotted="tokens_per_step")
+        facts["reference"] = "plain greedy decoding, token by token; of Medusa by the backbone with its LoRA"
+        plain_text, changed = _perplexities(model, load, source, tokenizer, settings.inputs)
+        of_kind = {"baseline": plain_text, "adapter": changed}
+        rows = [
+            replace(row, quality=row.quality | {"perplexity": of_kind[row.kind]}) if row.kind in of_kind else row
+            for row in rows
+        ]
+    return Measured(rows=rows, verdict=lossless_verdict(rows), facts=facts, plotted="tokens_per_step")
 
 
 def _cases(model: Any, config: MedusaConfig, load: Callable[[], MedusaHandle], draft: Any) -> list[LanguageCase]:
@@ -131,19 +137,14 @@ def _draft_model(request: Request) -> Any:
     name = request.config.evaluation.assistant or _DRAFTS.get(request.backbone)
     if name is None:
         return None
-    try:
-        model, _ = load_model(name, None, request.config.dtype)
-    except ValueError:
-        if request.config.evaluation.assistant is None and name.startswith(EMBEDDED):
-            return None
-        raise
+    model, _ = load_model(name, None, request.config.dtype)
     return model.to(request.device)
 
 
 @torch.no_grad()
 def _perplexities(
     model: Any, load: Callable[[], MedusaHandle], source: str, tokenizer: Any, count: int
-) -> dict[str, float]:
+) -> tuple[float, float]:
     """Of held-out text, under the backbone and under the backbone that Medusa-2 changed."""
     documents = [tokenize(record, tokenizer) for record in held_out_records(source)[:count]]
     blocks = pack(documents, _BLOCK, int(tokenizer.pad_token_id)).select(slice(count))
@@ -151,10 +152,8 @@ def _perplexities(
     def perplexity() -> float:
         layer, nats, tokens = OutputLayer.of(model), 0.0, 0
         for row in range(len(blocks)):
-            one = blocks.select(slice(row, row + 1))
-            ids, places = one.input_ids.to(model.device), one.position_ids.to(model.device)
-            hidden = last_hidden_state(model, input_ids=ids, position_ids=places, use_cache=False)
-            targets = one.labels[0, 1:].to(model.device)
+            one = blocks.select(slice(row, row + 1)).to(model.device)
+            hidden, targets = last_hidden_state(model, **one.model_inputs()), one.labels[0, 1:]
             logits = layer.logits(hidden[0, :-1]).float()
             nats += float(cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum"))
             tokens += int((targets != IGNORED).sum())
@@ -162,4 +161,4 @@ def _perplexities(
 
     before = perplexity()
     with load():
-        return {"backbone": before, "with LoRA": perplexity()}
+        return before, perplexity()

@@ -62,7 +62,7 @@ def head_loss(
     n, t = valid_targets(blocks, ahead).nonzero(as_tuple=True)
     targets, valid = blocks.labels[n, t + ahead], len(n)
     if heads.token_ids is not None:  # targets that a pruned head cannot name teach it nothing, and are misses
-        targets = _number_among(heads.token_ids, backbone.weight.shape[0])[targets]
+        targets = _number_among(heads.token_ids, heads.config.vocab_size)[targets]
         n, t, targets = (values[targets >= 0] for values in (n, t, targets))
     teacher = hidden_NLD[n, t + ahead - 1].detach() if kind != "ce" else None
     score = _SCORES[kind](eta)

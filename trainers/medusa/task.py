@@ -65,7 +65,6 @@ class MedusaTask(FrozenBackboneTask):
     """Frozen language model, learned heads.
 
     Attributes:
-        model: the backbone, with its output matrix.
         layer: the backbone's output layer.
         prompts: held-out prompts, token ids, that calibration and the accepted length are measured on.
         pad: the token that shorter prompts of a batch are filled up with.
@@ -84,8 +83,7 @@ class MedusaTask(FrozenBackboneTask):
     ) -> None:
         copied = {"heads": "the output matrix"} if recipe.module.vocabulary in ("own", "pruned") else {}
         super().__init__(model, Learned(heads), recipe, copied)
-        self.settings, self.model, self._text = recipe, model, text
-        self.prompts, self.pad = list(prompts), pad
+        self.settings, self.prompts, self.pad, self._text = recipe, list(prompts), pad, text
         self.fingerprint, self.description = fingerprint(model), describe(model)
         self._frozen = [parameter for parameter in model.parameters()]
         if recipe.lora.rank:
@@ -95,6 +93,11 @@ class MedusaTask(FrozenBackboneTask):
         self.layer = OutputLayer.of(model)
         self._greedy: list[Text] | None = None
         self._calibrated: tuple[int, MedusaConfig] | None = None
+
+    @property
+    def model(self) -> Any:
+        """The backbone, with its output matrix."""
+        return self.backbone
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The heads, and LoRA with a learning rate of its own."""
@@ -149,9 +152,7 @@ class MedusaTask(FrozenBackboneTask):
 
     def _hidden(self, blocks: Blocks) -> Tensor:
         # Positions that begin anew are how transformers keeps the documents of a row apart.
-        return last_hidden_state(
-            self.model, input_ids=blocks.input_ids, position_ids=blocks.position_ids, use_cache=False
-        )
+        return last_hidden_state(self.model, **blocks.model_inputs())
 
     def _heads_loss(self, hidden: Tensor, blocks: Blocks) -> Tensor:
         objective, heads, rows = self.settings.objective, self.learned.heads, self._rows()
@@ -168,7 +169,7 @@ class MedusaTask(FrozenBackboneTask):
 
     def _rows(self) -> int:
         """Positions whose logits exist at a time."""
-        return max(1, (self.settings.objective.logits_mib << 20) // (4 * self.layer.weight.shape[0]))
+        return max(1, (self.settings.objective.logits_mib << 20) // (4 * self.learned.heads.config.vocab_size))
 
     # Medusa-2.
 
@@ -255,16 +256,16 @@ class MedusaTask(FrozenBackboneTask):
         return {"new_tokens": data.new_tokens, "batch_size": data.batch_size, "pad": self.pad, **changes}
 
     def _head_tensors(self) -> dict[str, Tensor]:
-        """The exported heads' tensors in the backbone's dtype, on the CPU."""
+        """The exported heads' tensors as the adapter stores them, on the CPU."""
         heads = cast(Learned, self.exported).heads
         return {name: self._stored(value) for name, value in heads.state_dict().items()}
 
     def _stored(self, value: Tensor) -> Tensor:
-        dtype = self.model.dtype if value.is_floating_point() else value.dtype
-        return value.detach().to("cpu", dtype, copy=True).contiguous()
+        dtype = torch.bfloat16 if self.settings.module.stored == "bfloat16" else self.model.dtype
+        return value.detach().to("cpu", dtype if value.is_floating_point() else value.dtype, copy=True).contiguous()
 
     def export_adapter(self, folder: Path) -> None:
-        """Heads, tree, hits and counts, and the LoRA of Medusa-2, in the backbone's dtype."""
+        """Heads, tree, hits and counts, and the LoRA of Medusa-2."""
         backbone = self.settings.backbone
         manifest = Manifest(
             method="medusa",

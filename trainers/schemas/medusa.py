@@ -23,6 +23,11 @@ class Module(Section):
         default=None, description="tokens that pruned heads tell apart: the most frequent ones of the training text"
     )
     rank: PositiveInt | None = Field(default=None, description="rank of the low-rank correction, 64 to 256")
+    stored: Literal["backbone", "bfloat16"] = Field(
+        default="backbone",
+        description="dtype of the adapter's numbers; they run in the backbone's, and only guess, so half of float32's "
+        "bytes cost next to nothing",
+    )
     nodes: PositiveInt | Literal["measured"] = Field(
         default="measured",
         description="drafted tokens per step, or as many as pay by the step time measured on this device",
