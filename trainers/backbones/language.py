@@ -22,6 +22,7 @@ from trainers.text_quality import next_token_loss
 
 CONTEXT = 512
 END, PAD = "<|endoftext|>", "<|pad|>"
+SAVE_SECONDS = 180
 Loss = Callable[[Tensor, Blocks], Tensor]
 
 
@@ -140,7 +141,7 @@ def train(
         spent += time.process_time() - began
         if step % 50 == 0:
             print(f"{name} {step} loss {running:.4f} {tokens / 1e6:.2f}M tokens {spent / 60:.1f} min", flush=True)
-        if spent - saved > 180:
+        if spent - saved >= SAVE_SECONDS:
             saved = spent
             _keep(state, model, both, step, spent, tokens)
             print(f"{name} {step} {judge()}", flush=True)

@@ -40,16 +40,21 @@ def unlearn_loops(
             own = model(input_ids=ids, use_cache=False).logits[:, _PROMPT - 1 : -1].float()
             blocks = order.batch(step)
             text = next_token_loss(model(**blocks.model_inputs()).logits, blocks)
-        likely = own.log_softmax(-1).gather(2, ids[:, _PROMPT:, None]).squeeze(2).exp()
-        unlikely = -torch.log((1 - likely).clamp_min(1e-4))
-        loss = text + weight * (unlikely * repeated).sum() / repeated.sum().clamp_min(1)
+        loss = text + weight * unlikelihood(own, ids[:, _PROMPT:], repeated)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if step % 5 == 0:
-            print(f"loops {step} text {float(text):.4f} repeated {float(repeated.float().mean()):.1%}", flush=True)
+            print(f"loops {step} text {text.item():.4f} repeated {float(repeated.float().mean()):.1%}", flush=True)
     return model.eval()
+
+
+def unlikelihood(logits_BTV: Tensor, ids_BT: Tensor, repeated_BT: Tensor) -> Tensor:
+    """Mean of -log(1 - chance) over the repeated tokens, in nats; 0 where none is."""
+    others = logits_BTV.scatter(2, ids_BT[:, :, None], -torch.inf)
+    unlikely = logits_BTV.logsumexp(-1) - others.logsumexp(-1)  # finite however sure the model is
+    return (unlikely * repeated_BT).sum() / repeated_BT.sum().clamp_min(1)
 
 
 def _continued(model: LlamaForCausalLM, stream: TokenStream, starts: Tensor) -> tuple[Tensor, Tensor]:
