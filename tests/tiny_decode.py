@@ -11,9 +11,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, PhiConfig, Qwen2Config
 
 from modules.contracts import Drafter
-from modules.decode_host import Draft, DraftState, Tree
+from modules.decode_host import Draft, DraftState, Tree, attach_drafter
 
 VOCABULARY = 40
+NEW = 24
+GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": NEW}
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -83,6 +85,14 @@ def texts(inputs: dict[str, Tensor], sequences: Tensor) -> list[list[int]]:
 def plain(model: Any, **call: Any) -> Any:
     """Plain decoding, whatever is attached."""
     return type(model).generate(model, **call)
+
+
+def both(model: Any, drafter: Any, **call: Any) -> tuple[Any, Any, Any]:
+    """Plain and drafted decoding of the same call, and what the handle counted."""
+    want = plain(model, **call)
+    with attach_drafter(model, drafter) as handle:
+        got = model.generate(**call)
+    return want, got, handle.counts
 
 
 class Random(Drafter):
