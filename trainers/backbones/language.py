@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -89,10 +88,13 @@ def optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
     matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name]
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen]
-    return [
+    both = [
         torch.optim.Muon(matrices, lr=recipe.lr, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=recipe.other_lr, betas=(0.9, 0.95), weight_decay=0.0),
     ]
+    for optimizer in both:
+        optimizer.param_groups[0]["initial_lr"] = optimizer.param_groups[0]["lr"]
+    return both
 
 
 def rate(progress: float, recipe: Recipe) -> float:
@@ -117,20 +119,13 @@ def train(
     """
     torch.set_flush_denormal(True)
     both = optimizers(model, recipe)
-    step, spent, tokens = 0, 0.0, 0
-    if state.is_file():
-        kept = torch.load(state, weights_only=True)
-        model.load_state_dict(kept["model"])
-        for optimizer, values in zip(both, kept["optimizers"], strict=True):
-            optimizer.load_state_dict(values)
-        step, spent, tokens = kept["step"], kept["spent"], kept["tokens"]
+    step, spent, tokens = _kept(state, model, both) if state.is_file() else (0, 0.0, 0)
     model.train()
-    base = [optimizer.param_groups[0]["initial_lr"] for optimizer in _remember(both, recipe)]
     saved, running = spent, 0.0
     while (progress := spent / (60 * recipe.minutes)) < 1:
         began = time.process_time()
-        for optimizer, lr in zip(both, base, strict=True):
-            optimizer.param_groups[0]["lr"] = lr * rate(progress, recipe)
+        for group in (optimizer.param_groups[0] for optimizer in both):
+            group["lr"] = group["initial_lr"] * rate(progress, recipe)
         length = CONTEXT if progress >= recipe.long_from else CONTEXT // 2
         order = WindowOrder(stream, length, recipe.tokens_a_step // length, seed=length)
         loss = _step(model, both, order.batch(step), recipe.rows // length, loss_of)
@@ -143,17 +138,11 @@ def train(
             print(f"{name} {step} loss {running:.4f} {tokens / 1e6:.2f}M tokens {spent / 60:.1f} min", flush=True)
         if spent - saved >= SAVE_SECONDS:
             saved = spent
-            _keep(state, model, both, step, spent, tokens)
+            _keep(state, model, both, (step, spent, tokens))
             print(f"{name} {step} {judge()}", flush=True)
             model.train()
-    _keep(state, model, both, step, spent, tokens)
+    _keep(state, model, both, (step, spent, tokens))
     return model.eval()
-
-
-def _remember(both: list[torch.optim.Optimizer], recipe: Recipe) -> list[torch.optim.Optimizer]:
-    for optimizer, lr in zip(both, (recipe.lr, recipe.other_lr), strict=True):
-        optimizer.param_groups[0]["initial_lr"] = lr
-    return both
 
 
 def _step(
@@ -174,9 +163,18 @@ def _step(
     return total
 
 
-def _keep(state: Path, model: nn.Module, both: list[Any], step: int, spent: float, tokens: int) -> None:
+def _keep(state: Path, model: nn.Module, both: list[torch.optim.Optimizer], done: tuple[int, float, int]) -> None:
     content = {
         "model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in both],
-        "step": step, "spent": spent, "tokens": tokens,
+        "step": done[0], "spent": done[1], "tokens": done[2],
     }  # fmt: skip
     atomic_write(state, lambda file: torch.save(content, file))
+
+
+def _kept(state: Path, model: nn.Module, both: list[torch.optim.Optimizer]) -> tuple[int, float, int]:
+    """Puts the weights and the optimizers back; returns steps, seconds and tokens so far."""
+    content = torch.load(state, weights_only=True)
+    model.load_state_dict(content["model"])
+    for optimizer, values in zip(both, content["optimizers"], strict=True):
+        optimizer.load_state_dict(values)
+    return content["step"], content["spent"], content["tokens"]
