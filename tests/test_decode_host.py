@@ -48,6 +48,17 @@ def test_1_greedy_text_is_that_of_plain_decoding(kind: str, tree: str) -> None:
         assert torch.equal(both(model, knowing, **inputs, **GREEDY)[1], want)
 
 
+@pytest.mark.parametrize("kind", ["llama_dynamic", "llama_long"])
+def test_1_no_guess_changes_the_rotation_of_other_tokens(kind: str) -> None:
+    """Rotary embeddings that change with the text's length, here at 20 tokens, do so when plain decoding does."""
+    model, inputs = tiny_model(kind), prompts(1)
+    want, got, counts = both(model, Random(TREES["dense"]), **inputs, **GREEDY, return_dict_in_generate=True)
+    assert torch.equal(got.sequences, want.sequences)
+    for mine, its in zip(got.past_key_values.layers, want.past_key_values.layers, strict=True):
+        torch.testing.assert_close(mine.keys, its.keys, atol=1e-4, rtol=1e-4)
+    assert counts.nodes > counts.steps
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("kind", ["llama", "qwen2_sliding"])

@@ -31,6 +31,20 @@ SIZES: dict[str, Any] = {
 }
 CONFIGS: dict[str, Any] = {
     "llama": lambda: LlamaConfig(**SIZES),
+    "llama_dynamic": lambda: LlamaConfig(
+        **SIZES | {"max_position_embeddings": 20},
+        rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 100.0},
+    ),
+    "llama_long": lambda: LlamaConfig(
+        **SIZES,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 100.0,
+            "short_factor": [1.0] * 4,
+            "long_factor": [1.0, 3.0, 5.0, 9.0],
+            "original_max_position_embeddings": 20,
+        },
+    ),
     "qwen2": lambda: Qwen2Config(**SIZES, layer_types=["full_attention"] * 2),
     "qwen2_sliding": lambda: Qwen2Config(
         **SIZES, use_sliding_window=True, sliding_window=12, layer_types=["full_attention", "sliding_attention"]

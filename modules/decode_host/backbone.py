@@ -28,6 +28,7 @@ class Backbone:
     def __init__(self, model: Any, keep_hidden: bool) -> None:
         self.model, self.keep_hidden = model, keep_hidden
         self.windows = windows_of(model.config)
+        self._borders = rope_borders(model.config)
         self.cache: Any = None
         self.lengths: list[int] = []
         self.columns = 0
@@ -35,13 +36,20 @@ class Backbone:
         self._masks: TreeMasks
         self._room: int | None = None
         self._widths: dict[bool, int | None] = {}
-        self._last = 0
+        self._last = self._shift = 0
         self._extra: dict[str, Any] = {}
 
     @property
     def room(self) -> int | None:
         """Nodes that the cache still has columns for, None for any number."""
         return None if self._room is None else self._room - self.columns
+
+    def depth(self, most: int) -> int:
+        """How deep the next tree may be, `most` or less: no guess must change the rotation of the others."""
+        length = self.columns + self._shift + 1  # tokens up to the root
+        for border, once in self._borders:
+            most = min(most, border - length if length <= border else most if once else 0)
+        return most
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -85,6 +93,7 @@ class Backbone:
         self._masks = TreeMasks(self.windows, padding, _dtype(model))
         # Column `length` of each sequence has the position after its last; plain decoding counts on from there.
         self._offset = (positions[:, -1:] + 1 - length).expand(len(input_ids), 1).to(model.device)
+        self._shift = int(self._offset.max()) if self._borders else 0
         self._widths = {bool(layer.is_sliding): getattr(layer, "max_cache_len", None) for layer in self.cache.layers}
         self._extra = {
             name: value
@@ -144,6 +153,19 @@ class Backbone:
         if self._room is not None and len(self.lengths) > 1:
             self.cache.reset()
         return self.cache
+
+
+def rope_borders(config: Any) -> list[tuple[int, bool]]:
+    """Text lengths at which a rotary embedding changes: once there (true), or with every token from there on."""
+    config = config.get_text_config(decoder=True)
+    ropes = getattr(config, "rope_parameters", None) or {}
+    borders = []
+    for rope in [ropes] if "rope_type" in ropes else [rope for rope in ropes.values() if isinstance(rope, dict)]:
+        if "dynamic" in rope["rope_type"]:
+            borders.append((int(config.max_position_embeddings), False))
+        elif rope["rope_type"] == "longrope":
+            borders.append((int(rope["original_max_position_embeddings"]), True))
+    return borders
 
 
 def _dtype(model: Any) -> torch.dtype:

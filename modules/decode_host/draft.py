@@ -21,7 +21,7 @@ class DraftState:
         hidden: [B, D]; what entered the backbone's output matrix when it chose the root, or None for a drafter that
             does not need it.
         active: which sequences still grow; guesses for the others are ignored.
-        room: most tokens that any sequence can still take: deeper guesses are cut off.
+        room: most tokens that any sequence can take now: guesses at this depth or deeper are cut off.
     """
 
     rows: Sequence[Sequence[int]]

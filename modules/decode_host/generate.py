@@ -85,17 +85,17 @@ class DraftedDecoding:
 
     def _draft(self, output: Output, verdict: Verdict, backbone: Backbone) -> tuple[list[Tree], Tensor]:
         """The trees and tokens [B, M] of the next step, the root's token first."""
-        room, root = output.room, verdict.root[:, None]
-        if 1 in (room, backbone.room):
+        root, depth = verdict.root[:, None], backbone.depth(output.room - 1)
+        if depth == 0 or backbone.room == 1:
             return [ROOT_ALONE], root
         hidden = backbone.hidden
         if hidden is not None:
             rows = torch.arange(len(root), device=hidden.device)
             hidden = hidden[rows, torch.tensor(verdict.last, device=hidden.device)]
-        draft = self.drafter.propose(DraftState(output.rows, verdict.root, hidden, output.active, room))
+        draft = self.drafter.propose(DraftState(output.rows, verdict.root, hidden, output.active, depth + 1))
         trees = [draft.tree] if isinstance(draft.tree, Tree) else list(draft.tree)
         _check_draft(draft, trees, len(root), type(self.drafter).__name__)
-        kept = min(len(tree.no_deeper(room - 1)) for tree in trees)
+        kept = min(len(tree.no_deeper(depth)) for tree in trees)
         if backbone.room is not None:
             kept = min(kept, backbone.room)
         tokens = torch.cat([root, draft.tokens[:, : kept - 1].to(root.device)], dim=1)

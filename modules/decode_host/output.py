@@ -31,7 +31,7 @@ class Output:
         eos = [c.eos_token_id for c in criteria if hasattr(c, "eos_token_id")]
         self._ends = {int(token) for tokens in eos for token in tokens.reshape(-1)}
         # Without end tokens plain decoding lets all sequences grow until the last one is finished.
-        self._ends_alone = bool(eos)
+        self._ends_alone = bool(eos) or len(self.rows) == 1
         pad = config._pad_token_tensor
         self._pad = 0 if pad is None else int(pad)
         self._others = [c for c in criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria)]
@@ -139,4 +139,5 @@ class Output:
 
 
 def _leading_zeros(mask: Tensor) -> list[int]:
-    return [int(n) for n in (mask.cumsum(dim=1) == 0).sum(dim=1)]
+    count: list[int] = (mask.cumsum(dim=1) == 0).sum(dim=1).tolist()
+    return count
