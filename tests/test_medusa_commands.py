@@ -106,3 +106,16 @@ def test_evaluation_compares_with_every_rival_by_category(run: Path, tmp_path: P
     assert "Speedup and tokens per step by kind of input" in markdown and "plain decoding" in markdown
     assert "tok/step" in markdown and (tmp_path / "report.png").is_file()
     assert "tokens_per_step" in (run / "adapter" / "README.md").read_text()
+
+
+def test_medusa_2_is_measured_against_the_original_backbone(run: Path, tmp_path: Path) -> None:
+    name, text = str(run.parents[2] / "llama"), str(run.parents[2] / "text.jsonl")
+    settings = [f"backbone.name={name}", f"data.path={text}", f"output_dir={tmp_path}", "run=two", "lora.rank=2"]
+    more = ["lora.targets=[q_proj,down_proj]", "trainer.max_steps=5", "optimizer.lr=0.05"]
+    sizes = ["evaluation.inputs=2", "evaluation.timing_batch=1", "evaluation.new_tokens=8"]
+    assert fit.main([f"recipe={RECIPE}", *settings, *more, *sizes]) == 0
+    report = json.loads((tmp_path / "medusa_tiny" / "two" / "report.json").read_text())
+    baseline, medusa = report["rows"][:2]
+    assert baseline["quality"]["perplexity"] != medusa["quality"]["perplexity"]
+    assert medusa["quality"]["exact_match"] == 1 and "with its LoRA" in report["reference"]
+    assert "perplexity" in (tmp_path / "medusa_tiny" / "two" / "adapter" / "README.md").read_text()

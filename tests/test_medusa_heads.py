@@ -125,6 +125,10 @@ def test_a_model_whose_logits_are_another_function_is_refused() -> None:
     model = Odd(LlamaConfig(**SIZES)).eval()
     with pytest.raises(ValueError, match="no known function of its last hidden state"):
         OutputLayer.of(model)
+    model = small("llama")
+    model.lm_head.register_forward_pre_hook(lambda _, args: (args[0] / 2,))
+    with pytest.raises(ValueError, match="something else than its last hidden state"):
+        OutputLayer.of(model)
     with pytest.raises(ValueError, match="no output matrix"):
         OutputLayer.of(nn.Linear(2, 2))
 

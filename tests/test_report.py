@@ -103,6 +103,8 @@ def test_without_loss_the_faster_one_wins():
     verdict = lossless_verdict(rows)
     assert verdict["wins"] and "trie is slower at 1.40x" in verdict_text(verdict)
     assert "faster than every rival with the same output" in verdict_text(verdict)
+    two = lossless_verdict([*rows, decoded("medusa and lookup", "adapter", 2.0)])
+    assert two["adapter"] == "medusa" and "variant medusa and lookup is faster at 2.00x" in verdict_text(two)
     lost = lossless_verdict([*rows, decoded("lookup", "untrained", 1.9)])
     assert not lost["wins"] and "It loses to lookup: use that instead" in verdict_text(lost)
     assert not lossless_verdict([decoded("medusa", "adapter", 0.9)])["wins"]

@@ -73,9 +73,10 @@ def lossless_verdict(rows: Sequence[Row], metric: str = "exact_match") -> dict[s
     from the backbone's more often than the adapter's has given up what is compared, and is listed without counting.
 
     Returns:
-        None without an adapter row; else `adapter`, `metric` ("speedup"), `value`, `exact` (the adapter's share of
-        equal outputs), `latency_s`, `rivals` (each with `margin`, adapter's speedup over its own less one, `faster` for
-        the rival being the faster one, and `exact`) and `wins`: faster than the baseline and every exact rival.
+        None without an adapter row; else `adapter` (the first such row), `metric` ("speedup"), `value`, `exact` (its
+        share of equal outputs), `latency_s`, `variants` (speedup by name of the other adapter rows), `rivals` (each
+        with `margin`, adapter's speedup over its own less one, `faster` for the rival being the faster one, and
+        `exact`) and `wins`: faster than the baseline and every exact rival.
     """
     adapter = next((row for row in rows if row.kind == "adapter"), None)
     if adapter is None:
@@ -106,6 +107,7 @@ def lossless_verdict(rows: Sequence[Row], metric: str = "exact_match") -> dict[s
         "value": adapter.speedup,
         "exact": own,
         "latency_s": adapter.latency_s,
+        "variants": {row.name: row.speedup for row in rows if row.kind == "adapter" and row is not adapter},
         "rivals": rivals,
         "wins": adapter.speedup > 1 and not lost,
     }
@@ -149,6 +151,9 @@ def _lossless_text(verdict: dict[str, Any]) -> str:
         side = "slower" if rival["margin"] > 0 else "faster" if rival["margin"] < 0 else "equally fast"
         exact = f", with the same tokens in {rival['exact']:.1%}" if rival["exact"] < verdict["exact"] else ""
         sentences.append(f"{rival['name']} is {side} at {rival['value']:.2f}x{exact}.")
+    for name, speedup in verdict["variants"].items():
+        side = "faster" if speedup > verdict["value"] else "no faster"
+        sentences.append(f"Its variant {name} is {side} at {speedup:.2f}x.")
     lost = [r["name"] for r in verdict["rivals"] if r["faster"] and r["exact"] >= verdict["exact"]]
     if lost:
         sentences.append(f"**It loses to {', '.join(lost)}: use that instead.**")

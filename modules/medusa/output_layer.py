@@ -39,7 +39,12 @@ class OutputLayer:
         matrix = getattr(model, "get_output_embeddings", lambda: None)()
         if matrix is None:
             raise ValueError(f"a {type(model).__name__} has no output matrix: give a causal language model")
-        hidden, wanted = _probe(model)
+        hidden, entered, wanted = _probe(model, matrix)
+        if not _agree(hidden, entered):  # decoding hands over what enters the matrix, training the last hidden state
+            raise ValueError(
+                f"a {type(model).__name__} feeds its output matrix something else than its last hidden state: heads "
+                "trained on the one would guess from the other"
+            )
         for scale, soft_cap in _known_forms(model):
             layer = cls(matrix, scale, soft_cap)
             if _agree(layer.logits(hidden), wanted):
@@ -94,10 +99,16 @@ def decoder_of(model: nn.Module) -> Callable[..., Any]:
 
 
 @torch.no_grad()
-def _probe(model: nn.Module) -> tuple[Tensor, Tensor]:
+def _probe(model: nn.Module, matrix: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+    """(last hidden state, what enters the output matrix, logits) of a few tokens."""
     ids = torch.arange(_PROBE, device=next(model.parameters()).device)[None]
-    hidden = last_hidden_state(model, input_ids=ids, use_cache=False)
-    return hidden, cast(Any, model)(input_ids=ids, use_cache=False).logits
+    hidden, entered = last_hidden_state(model, input_ids=ids, use_cache=False), []
+    hook = matrix.register_forward_pre_hook(lambda _, args: entered.append(args[0]))
+    try:
+        logits = cast(Any, model)(input_ids=ids, use_cache=False).logits
+    finally:
+        hook.remove()
+    return hidden, entered[0], logits
 
 
 def _known_forms(model: nn.Module) -> Iterator[tuple[float, float | None]]:
