@@ -44,7 +44,7 @@ class SeededChoice(LogitsProcessor):
         noise = torch.empty_like(scores, dtype=torch.float32)
         for row, generator in zip(noise, self._generators, strict=True):
             row.exponential_(generator=generator)
-        return scores - noise.log()
+        return scores - noise.clamp_min(torch.finfo(torch.float32).tiny).log()
 
 
 @dataclass
