@@ -158,6 +158,23 @@ def test_a_single_sequence_calls_processors_as_plain_decoding_does() -> None:
     assert torch.equal(got, want)
 
 
+class ByRow(LogitsProcessor):
+    """Means something else for every sequence of the batch, and insists on seeing them all."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        assert len(input_ids) == len(scores) == 3
+        return torch.stack([score.roll(5 * row) for row, score in enumerate(scores)])
+
+
+def test_processors_that_know_the_batch_find_each_sequence_in_its_place() -> None:
+    model, inputs = tiny_model(), prompts(3)
+    call = {**inputs, **GREEDY, "logits_processor": LogitsProcessorList([ByRow()])}
+    known = texts(inputs, plain(model, **call))
+    for drafter in (Ragged(known), Random(TREES["dense"])):
+        want, got, _ = both(model, drafter, **call)
+        assert torch.equal(got, want)
+
+
 def test_arguments_may_come_without_names() -> None:
     model, inputs = tiny_model(), prompts(1)
     config = GenerationConfig(max_new_tokens=9, do_sample=False)
@@ -240,9 +257,10 @@ def test_attaching_what_does_not_fit_is_refused_in_a_sentence() -> None:
         with pytest.raises(ValueError, match="replaced already"):
             attach_drafter(model, Random(TREES["dense"]))
     strange = type(model)(CONFIGS["llama"]())
-    strange.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ValueError, match="takes no tree mask"):
-        attach_drafter(strange, Random(TREES["dense"]))
+    for implementation in ("flash_attention_2", "flex_attention"):
+        strange.config._attn_implementation = implementation
+        with pytest.raises(ValueError, match="takes no tree mask"):
+            attach_drafter(strange, Random(TREES["dense"]))
     strange.config._attn_implementation = "sdpa"
     strange.config.layer_types = ["linear_attention", "full_attention"]
     with pytest.raises(ValueError, match="linear_attention"):

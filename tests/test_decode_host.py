@@ -74,15 +74,6 @@ def test_12_attention_and_caches_do_not_change_the_text(attention: str, cache: s
     assert counts.nodes > counts.steps  # the trees were not cut away
 
 
-@pytest.mark.slow
-def test_12_flex_attention_gives_the_same_text() -> None:
-    model, inputs = tiny_model("llama", "flex_attention"), prompts(2)
-    want = plain(tiny_model(), **inputs, **GREEDY)
-    with attach_drafter(model, Knowing(TREES["dense"], texts(inputs, want))) as handle:
-        assert torch.equal(model.generate(**inputs, **GREEDY), want)
-    assert handle.counts.tokens_per_step > 2
-
-
 @pytest.mark.parametrize("name", PROCESSORS)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_processors_see_the_context_and_the_nodes_own_path(name: str, batch: int) -> None:
