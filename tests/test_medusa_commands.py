@@ -14,10 +14,13 @@ import torch
 
 from checkpoints.load import load_adapter
 from modules.language_models import load_model
+from tests.tiny_language import tiny_llama
 from tests.tiny_medusa import RECIPE, save_tiny
 from trainers import evaluate, export, fit
 from trainers.config import EvaluateConfig, Evaluation
+from trainers.language_cases import compiled_case
 from trainers.medusa.layouts import R_FILE, V_FILE
+from trainers.medusa.prompts import Prompt
 
 ROOT = Path(__file__).resolve().parents[1]
 FRESH = """
@@ -119,3 +122,27 @@ def test_medusa_2_is_measured_against_the_original_backbone(run: Path, tmp_path:
     assert baseline["quality"]["perplexity"] != medusa["quality"]["perplexity"]
     assert medusa["quality"]["exact_match"] == 1 and "with its LoRA" in report["reference"]
     assert "perplexity" in (tmp_path / "medusa_tiny" / "two" / "adapter" / "README.md").read_text()
+
+
+class Uncompilable:
+    """A model on the CPU whose compiled call fails."""
+
+    device = torch.device("cpu")
+
+    def generate(self, **_: Any) -> torch.Tensor:
+        raise RuntimeError("no C++\n compiler")
+
+
+def test_what_does_not_compile_here_is_left_out_and_told() -> None:
+    assert compiled_case(Uncompilable(), [Prompt((1, 2), "all")], 4, 0) == (None, "no C++ compiler")
+
+
+@pytest.mark.slow
+def test_plain_decoding_compiles_and_says_the_same() -> None:
+    model = tiny_llama()
+    case, obstacle = compiled_case(model, [Prompt((5, 9), "all"), Prompt((5, 9, 30), "all")], 8, 1)
+    assert case is not None and obstacle is None
+    ids = torch.tensor([[5, 9, 30]])
+    with case.enter() as call:
+        got = model.generate(input_ids=ids, max_new_tokens=8, do_sample=False, **call)
+    assert torch.equal(got, model.generate(input_ids=ids, max_new_tokens=8, do_sample=False))

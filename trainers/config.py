@@ -100,6 +100,11 @@ class Evaluation(Section):
         description="small language model to compare with as transformers' assistant; null takes the "
         "embedded backbone's own, if any",
     )
+    compiled: bool = Field(
+        default=False,
+        description="also measure a language model's plain decoding compiled by torch, where that works; on a CPU it "
+        "needs a C++ compiler and a minute",
+    )
     repeats: int = Field(default=5, ge=5, description="paired timing rounds, each with every row once")
     seed: int = Field(default=1234, description="seed of the held-out inputs and of their noise")
 

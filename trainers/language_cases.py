@@ -37,12 +37,14 @@ class LanguageCase:
         enter: sets the shared model up, yields further arguments of `generate`, and undoes it on leaving.  It is
             entered once per timed call, outside the clock.
         reference: as enter, the decoding whose text this one must equal; None is the baseline's.
+        one_by_one: known to call the backbone once a token; calls are not counted, for a counter would be compiled too.
     """
 
     name: str
     kind: Kind
     enter: Callable[[], AbstractContextManager[dict[str, Any]]]
     reference: Callable[[], AbstractContextManager[dict[str, Any]]] | None = None
+    one_by_one: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +87,11 @@ def measure_language_cases(
     for number, case in enumerate(cases, 1):
         notify(f"text of {case.name} ({number}/{len(cases)})")
         with case.enter() as call:
-            texts[case.name], calls[case.name] = run.counted(prompts, call)
+            if case.one_by_one:
+                texts[case.name] = [run(prompt, call) for prompt in prompts]
+                calls[case.name] = [len(t) - len(p.ids) for t, p in zip(texts[case.name], prompts, strict=True)]
+            else:
+                texts[case.name], calls[case.name] = run.counted(prompts, call)
     same = {case.name: _equal(case, texts, run, prompts, baseline) for case in cases}
     groups: dict[str, list[int]] = {}
     for index, prompt in enumerate(prompts):
@@ -133,6 +139,28 @@ def measure_language_cases(
             )
         )
     return LanguageMeasurement(rows=rows, categories=categories, texts=texts)
+
+
+def compiled_case(
+    model: Any, prompts: Sequence[Prompt], new_tokens: int, pad: int
+) -> tuple[LanguageCase | None, str | None]:
+    """Plain decoding with a static cache and a compiled step; or None and why this does not compile here."""
+    from transformers import CompileConfig
+
+    compiling = CompileConfig(mode="default" if model.device.type == "cpu" else "reduce-overhead", fullgraph=False)
+    compiling._compile_all_devices = True
+
+    @contextmanager
+    def enter() -> Iterator[dict[str, Any]]:
+        yield {"cache_implementation": "static", "compile_config": compiling}
+
+    try:
+        with enter() as call:
+            for prompt in prompts[:2]:  # the second length makes the lengths dynamic
+                _Decoder(model, new_tokens, pad)(prompt, call)
+    except Exception as error:  # the compiler's own classes, and whatever a model's code meets in it
+        return None, " ".join(str(error).split())[:200]
+    return LanguageCase(name="plain decoding, compiled", kind="plain", enter=enter, one_by_one=True), None
 
 
 class _Decoder:

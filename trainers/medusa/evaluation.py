@@ -26,7 +26,7 @@ from modules.medusa.output_layer import last_hidden_state
 from modules.prompt_lookup import PromptLookup
 from modules.trie_lookahead import TrieLookahead
 from trainers.evaluation import Measured, Request
-from trainers.language_cases import LanguageCase, measure_language_cases
+from trainers.language_cases import LanguageCase, compiled_case, measure_language_cases
 from trainers.medusa.prompts import prompts_for
 from trainers.text_quality import repeated_share
 from trainers.verdict import lossless_verdict
@@ -50,9 +50,14 @@ def measure(request: Request) -> Measured:
     prompts = prompts_for("evaluation", source, tokenizer, settings.inputs, _PROMPT_LENGTH)
     load = partial(attach, model, manifest, tensors)
     cases = _cases(model, config, load, _draft_model(request))
-    found = measure_language_cases(
-        model, cases, prompts, settings=settings, pad=int(tokenizer.pad_token_id), notify=request.notify
-    )
+    pad = int(tokenizer.pad_token_id)
+    compiled, obstacle = None, None
+    if settings.compiled:
+        request.notify("compiling plain decoding")
+        compiled, obstacle = compiled_case(model, prompts, settings.new_tokens, pad)
+    if compiled is not None:
+        cases.insert(1, compiled)
+    found = measure_language_cases(model, cases, prompts, settings=settings, pad=pad, notify=request.notify)
     plain = [found.texts[cases[0].name][i][len(prompt.ids) :] for i, prompt in enumerate(prompts)]
     categories = list(dict.fromkeys(prompt.category for prompt in prompts))
     repeated = {
@@ -73,6 +78,8 @@ def measure(request: Request) -> Measured:
         "measured_tokens_per_step": own.work["tokens_per_step"],
         "accuracy": config.accuracy(),
     }
+    if obstacle is not None:
+        facts["not_compiled"] = obstacle
     rows = found.rows
     if config.lora is not None:
         facts["reference"] = "plain greedy decoding, token by token; of Medusa by the backbone with its LoRA"
