@@ -51,7 +51,7 @@ class Measured:
     """What measuring found.
 
     Attributes:
-        rows: one of kind baseline, one of kind adapter, the rivals.
+        rows: one of kind baseline, the adapter first among those of its kind, the rivals.
         verdict: what they say about the adapter, see `trainers.verdict`.
         facts: how it was measured and what else was found; kept in the report under these names.
         plotted: the quality or work that report.png draws against the speedup.
