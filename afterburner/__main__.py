@@ -6,7 +6,7 @@ import runpy
 import sys
 from pathlib import Path
 
-_COMMANDS = ("fit", "submit", "evaluate", "export", "publish")
+_COMMANDS = ("fit", "submit", "evaluate", "export", "publish", "convert", "distill")
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from checkpoints.load import known_methods, method_module
 from checkpoints.manifest import HUB_ID, Manifest
 
 PLOT_FILE = "report.png"
@@ -15,6 +16,7 @@ PLOT_FILE = "report.png"
 _TASKS = {"PixArtTransformer2DModel": ("text-to-image", '"a red circle on a grey background"')}
 _ANY_INPUT = "[1]"
 _METRICS = {"psnr_db": "PSNR (dB)", "ssim": "SSIM", "mse": "mean squared error"}
+_WORK = {"blocks", "tokens_per_step", "tokens_per_s", "kept_units"}
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ def card(
         f"## Load it\n\n{_snippet(manifest, place)}",
         f"## Measured\n\n{_measured(manifest, report, verdict, place)}",
         f"## Limits\n\n{_limits(manifest)}",
+        *_notes(manifest),
         *([f"## Licence\n\n{_license(manifest, place.license)}"] if place else []),
         f"## Made by\n\n{_table(manifest.made_by)}",
     ]
@@ -81,6 +84,8 @@ def base_on_hub(manifest: Manifest) -> str | None:
 
 
 def _task(manifest: Manifest) -> tuple[str | None, str]:
+    if _is_language_model(manifest):
+        return "text-generation", ""
     return _TASKS.get(str(manifest.base_model_config.get("class")), (None, _ANY_INPUT))
 
 
@@ -98,7 +103,7 @@ def _metadata(manifest: Manifest, report: Mapping[str, Any] | None, name: str, p
         base_model=base,  # the Hub refuses one that is no Hub id
         base_model_relation="adapter" if base else None,
         pipeline_tag=task,
-        tags=["afterburner", "acceleration", "diffusers", manifest.method],
+        tags=["afterburner", "acceleration", _library(manifest), manifest.method],
         model_name=name if results else None,
         eval_results=results,
     )
@@ -139,6 +144,18 @@ def _snippet(manifest: Manifest, place: Place | None) -> str:
     path = f"data/embedded/{base.removeprefix('embedded:')}" if base.startswith("embedded:") else base
     at_base = f', revision="{manifest.base_model_revision}"' if manifest.base_model_revision else ""
     at = f', revision="{place.revision}"' if place and place.revision else ""
+    if _is_language_model(manifest):
+        adapter = place.repo if place else "<this folder or its Hub id>"
+        lines = [
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "from afterburner import load_adapter",
+            f'model = AutoModelForCausalLM.from_pretrained("{path}"{at_base})',
+            f'tokenizer = AutoTokenizer.from_pretrained("{path}"{at_base})',
+            f'handle = load_adapter(model, "{adapter}"{at})',
+            'ids = model.generate(**tokenizer("...", return_tensors="pt"), max_new_tokens=96)',
+            "# handle.detach() gives the plain model back",
+        ]
+        return "\n".join(["```python", *lines, "```"])
     lines = [
         "from diffusers import DiffusionPipeline",
         "from afterburner import load_adapter",
@@ -149,13 +166,29 @@ def _snippet(manifest: Manifest, place: Place | None) -> str:
     return "\n".join(["```python", *lines, "```"])
 
 
+def _library(manifest: Manifest) -> str:
+    return "transformers" if _is_language_model(manifest) else "diffusers"
+
+
+def _is_language_model(manifest: Manifest) -> bool:
+    return str(manifest.base_model_config.get("class", "")).endswith("ForCausalLM")
+
+
+def _notes(manifest: Manifest) -> list[str]:
+    """What the method itself has to say to users, in its module's `CARD_NOTES`."""
+    if manifest.method not in known_methods():
+        return []
+    notes = getattr(method_module(manifest.method), "CARD_NOTES", "")
+    return [f"## Good to know\n\n{notes}"] if notes else []
+
+
 def _measured(manifest: Manifest, report: Mapping[str, Any] | None, verdict: str, place: Place | None) -> str:
     if report is None:
         adapter = place.repo if place else "<this folder>"
         return f"Unmeasured; `python -m trainers.evaluate adapter={adapter}` compares it with its backbone and rivals."
     rows = report["rows"]
     metrics = sorted({key for row in rows for key in row["quality"]})
-    work = sorted({key for row in rows for key in row["work"]} & {"blocks", "tokens_per_step", "kept_units"})
+    work = sorted({key for row in rows for key in row["work"]} & _WORK)
     head = ["", "kind", "speedup", "range", "latency (ms)", *work, *metrics]
     lines = [_line(head), _line(["---"] * len(head)), *(_line(_cells(row, work, metrics)) for row in rows)]
     code = report.get("commit") or "an unknown commit"

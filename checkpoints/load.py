@@ -106,7 +106,12 @@ def _attach_of(method: str, folder: Path) -> Any:
             f"{folder / CONFIG_FILE} names the method {method!r}, which is not one of {', '.join(known) or 'none'}; "
             f"update afterburner, or add modules/{method}.py and trainers/{method}.py"
         )
-    return importlib.import_module(f"{_PREFIX}modules.{method}").attach
+    return method_module(method).attach
+
+
+def method_module(method: str) -> Any:
+    """`modules/<method>`, of a method that is known."""
+    return importlib.import_module(f"{_PREFIX}modules.{method}")
 
 
 def local_folder(adapter: str | Path, revision: str | None) -> Path:

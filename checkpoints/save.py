@@ -48,14 +48,32 @@ def write_adapter(folder: str | Path, manifest: Manifest, tensors: Mapping[str, 
     data = safetensors.torch.save(kept, metadata={"format": "pt"})
     table = {name: {"dtype": str(t.dtype).removeprefix("torch."), "shape": list(t.shape)} for name, t in kept.items()}
     complete = replace(manifest, tensors=table, tensors_sha256=hashlib.sha256(data).hexdigest())
-    files = {TENSORS_FILE: data, CONFIG_FILE: complete.to_json().encode(), CARD_FILE: card.encode()}
+    write_folder(
+        target,
+        {TENSORS_FILE: data, CONFIG_FILE: complete.to_json().encode(), CARD_FILE: card.encode()},
+        marker=CONFIG_FILE,
+        what="adapter",
+    )
+
+
+def write_folder(folder: str | Path, files: Mapping[str, bytes], *, marker: str, what: str) -> None:
+    """Write files as one folder, replacing an older one of its kind there as a whole; see `write_adapter`.
+
+    Args:
+        folder: must not exist, be empty, or hold a file called `marker`.
+        files: content by name.
+        what: what the folder is, for messages.
+    Raises:
+        AdapterError: nothing was changed, for the reason it names in one sentence.
+    """
+    target = Path(folder).expanduser().resolve()
     try:
-        _replace_folder(target, files)
+        _replace_folder(target, files, marker, what)
     except OSError as error:
         size = sum(map(len, files.values()))
         reason = "the disk is full" if error.errno in _FULL else error.strerror or str(error)
         raise AdapterError(
-            f"the adapter ({size:,} bytes) was not written to {target}: {reason}; what was there before is untouched"
+            f"the {what} ({size:,} bytes) was not written to {target}: {reason}; what was there before is untouched"
         ) from error
 
 
@@ -72,13 +90,13 @@ def replace_card(folder: str | Path, card: str) -> None:
         raise AdapterError(f"{path} was not written: {error.strerror}; what was there before is untouched") from error
 
 
-def _replace_folder(target: Path, files: Mapping[str, bytes]) -> None:
+def _replace_folder(target: Path, files: Mapping[str, bytes], marker: str, what: str) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     if not target.exists() and aside_of(target).is_dir():  # killed between the two renames of `_swap`
         aside_of(target).rename(target)
-    if target.exists() and not _may_replace(target):
+    if target.exists() and not _may_replace(target, marker):
         raise AdapterError(
-            f"{target} exists and is no adapter folder, so it is not replaced; name a new or empty folder"
+            f"{target} exists and is no {what} folder, so it is not replaced; name a new or empty folder"
         )
     _remove_leftovers(target)
     building = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".new", dir=target.parent))
@@ -96,8 +114,8 @@ def _replace_folder(target: Path, files: Mapping[str, bytes]) -> None:
         os.close(lock)
 
 
-def _may_replace(target: Path) -> bool:
-    return target.is_dir() and ((target / CONFIG_FILE).is_file() or not any(target.iterdir()))
+def _may_replace(target: Path, marker: str) -> bool:
+    return target.is_dir() and ((target / marker).is_file() or not any(target.iterdir()))
 
 
 def _remove_leftovers(target: Path) -> None:

@@ -7,9 +7,14 @@ per stream of the block: `(hidden,)`, or `(hidden, encoder_hidden)` where a bloc
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Literal, Protocol, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self, TypeAlias
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from modules.decode_host.draft import Draft, DraftState
 
 Granularity: TypeAlias = Literal["block", "submodule", "span"]
 GRANULARITIES: tuple[Granularity, ...] = ("block", "submodule", "span")
@@ -97,3 +102,27 @@ class Predictor(ABC):
     @abstractmethod
     def memory_bytes(self) -> int:
         """Bytes of the tensors held now."""
+
+
+class Drafter(ABC):
+    """Guesses the tokens that follow; the decode host verifies a step's guesses in one backbone call.
+
+    Whatever is guessed, the text is the backbone's own: guesses decide only how many calls it takes.  `needs_hidden`
+    members read the state's `hidden`, which is not kept for the others.
+    """
+
+    needs_hidden: bool = True
+
+    def begin(self, prompts: Sequence[Sequence[int]]) -> None:  # noqa: B027 - most members keep nothing
+        """Starts a generation with the ids of each sequence, without padding: forget the last one."""
+
+    @abstractmethod
+    def propose(self, state: DraftState) -> Draft:
+        """Guesses below the state's root; no guess at all is `Draft(Tree.chain(0), root.new_empty(B, 0))`."""
+
+    def end(self, rows: Sequence[Sequence[int]]) -> None:  # noqa: B027 - most members keep nothing
+        """Ends a generation: all ids of each sequence, without padding."""
+
+    @abstractmethod
+    def memory_bytes(self) -> int:
+        """Bytes held: learned tensors and what was remembered."""

@@ -11,15 +11,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-EMBEDDED = "embedded:"
-EMBEDDED_FOLDER = Path(__file__).resolve().parents[1] / "data" / "embedded"
+from modules.embedded import EMBEDDED, source_of
 
 
 @dataclass(frozen=True)
@@ -241,15 +239,7 @@ def load_pipeline(name: str, revision: str | None = None, dtype: str = "float32"
     Raises:
         ValueError: no such embedded backbone, or the folder holds no pipeline.
     """
-    source = name
-    if name.startswith(EMBEDDED):
-        folder = EMBEDDED_FOLDER / name.removeprefix(EMBEDDED)
-        if not (folder / "model_index.json").is_file():
-            known = sorted(path.parent.name for path in EMBEDDED_FOLDER.glob("*/model_index.json"))
-            raise ValueError(f"backbone.name is '{name}', but the embedded pipelines are {', '.join(known) or 'none'}")
-        source = str(folder)
-    elif Path(name).is_dir() and not (Path(name) / "model_index.json").is_file():
-        raise ValueError(f"the folder '{name}' holds no pipeline: it has no model_index.json")
+    source = source_of(name, "model_index.json", "pipeline")
     with _quiet_loading():
         pipe = DiffusionPipeline.from_pretrained(source, revision=revision, dtype=getattr(torch, dtype))
     pipe.set_progress_bar_config(disable=True)

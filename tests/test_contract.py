@@ -13,9 +13,8 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from checkpoints.load import known_methods, load_adapter
+from checkpoints.load import backbone_of, known_methods, load_adapter
 from checkpoints.manifest import CONFIG_FILE, TENSORS_FILE, read_manifest
-from modules.sites import find_transformer
 from tests.contract_cases.interface import ContractCase
 from trainers.base import FrozenBackboneTask, NonFiniteLoss, state_hash
 from trainers.run_folder import RunFolder
@@ -58,7 +57,7 @@ def test_every_method_has_a_case_and_every_case_a_method() -> None:
 
 def attributes(target: Any) -> dict[str, Any]:
     """Names of all attributes of all parts, and the identity of what a pipeline is made of."""
-    model = target if isinstance(target, nn.Module) else find_transformer(target)
+    model = backbone_of(target)
     found: dict[str, Any] = {name: sorted(vars(part)) for name, part in model.named_modules()}
     found |= {f"{name} hooks": (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()}
     for name, component in getattr(target, "components", {}).items():
@@ -75,11 +74,11 @@ def same(one: Tensor, other: Tensor) -> bool:
 def test_1_detached_is_as_if_never_attached(trained: Trained) -> None:
     case, target = trained.case, trained.case.target()
     want = case.outputs(target, None)
-    before, bits = attributes(target), state_hash(find_transformer(target))
+    before, bits = attributes(target), state_hash(backbone_of(target))
     handle = trained.load(target)
     assert not same(case.outputs(target, handle), want)
     handle.detach()
-    assert attributes(target) == before and state_hash(find_transformer(target)) == bits
+    assert attributes(target) == before and state_hash(backbone_of(target)) == bits
     assert same(case.outputs(target, None), want)
 
 

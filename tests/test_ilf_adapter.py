@@ -19,8 +19,9 @@ from checkpoints.manifest import AdapterError, read_manifest
 from checkpoints.save import write_adapter
 from data.inputs import training_inputs
 from data.stepped import derive_seed
+from modules.embedded import EMBEDDED_FOLDER
 from modules.ilf import ILFConfig, ILFModule, centred_span
-from modules.pipelines import EMBEDDED_FOLDER, driver, load_pipeline
+from modules.pipelines import driver, load_pipeline
 from modules.solvers import SolverTable
 from tests.tiny import tiny_pipeline, tiny_transformer
 from tests.tiny_ilf import (

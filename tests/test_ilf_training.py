@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from data.trajectories import record_trajectories
+from modules.embedded import EMBEDDED_FOLDER
 from modules.ilf import ILFModule
-from modules.pipelines import EMBEDDED_FOLDER
 from tests.tiny_ilf import (
     DEPTH,
     GUIDANCE,

@@ -132,7 +132,7 @@ def refusal(name: str) -> str:
 
 
 def test_an_unknown_embedded_backbone_is_refused_with_the_known_ones(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("modules.pipelines.EMBEDDED_FOLDER", tmp_path)
+    monkeypatch.setattr("modules.embedded.EMBEDDED_FOLDER", tmp_path)
     assert refusal("embedded:pixrt") == "backbone.name is 'embedded:pixrt', but the embedded pipelines are none"
     for name in ("pixart", "dit"):
         (tmp_path / name).mkdir()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from trainers import recipes
-from trainers.config import EvaluateConfig, ExportConfig
+from trainers.config import ConvertConfig, EvaluateConfig, ExportConfig
 from trainers.settings import ConfigError, help_text, keys, nearest
 
 
@@ -78,6 +78,23 @@ def test_sections_are_checked_for_agreement() -> None:
     assert sentence == "module: timesteps lists 2 steps but steps is 3"
 
 
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"module.vocabulary": "pruned"}, "vocabulary pruned needs draft_vocab_size"),
+        ({"module.rank": "8"}, "rank is for vocabulary low_rank, not for own"),
+        ({"lora.rank": "4", "trainer.ema": "0.9"}, "trainer.ema averages the heads alone"),
+        ({"lora.rank": "4", "lora.heads_first": "999"}, "LoRA would not train"),
+        ({"data.path": "x.jsonl"}, "run python -m trainers.distill"),
+        ({"data.recorded": "states", "trainer.devices": "2"}, "set trainer.devices to 1"),
+    ],
+)
+def test_a_medusa_recipe_whose_parts_disagree_is_refused(overrides: dict[str, str], words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        recipes.compose_recipe("medusa_llama", overrides)
+    assert len(caught.value.problems) == 1
+
+
 def test_names_that_look_like_numbers_stay_names() -> None:
     assert recipes.compose_recipe("ilf_pixart", {"run": "12"}).run == "12"
     assert recipes.compose_recipe("ilf_pixart", {"run": "007"}).run == "007"
@@ -94,7 +111,7 @@ def test_a_resumed_run_takes_its_stored_recipe_and_refuses_to_contradict_it(tmp_
 
 
 def test_every_key_has_a_description_and_appears_in_the_help() -> None:
-    for schema in (recipes.schema_of("ilf"), EvaluateConfig, ExportConfig):
+    for schema in (*map(recipes.schema_of, recipes.methods()), EvaluateConfig, ExportConfig, ConvertConfig):
         text = help_text(schema)
         for key, field in keys(schema):
             assert field.description, key

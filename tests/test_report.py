@@ -15,7 +15,7 @@ from trainers import report as reports
 from trainers.image_quality import psnr_db
 from trainers.plots import save_grid
 from trainers.rows import Case, Row
-from trainers.verdict import equal_latency_verdict, verdict_text
+from trainers.verdict import equal_latency_verdict, lossless_verdict, verdict_text
 
 CALL = {name: value for name, value in PIXART_CALL.items() if name not in ("output_type", "clean_caption")}
 INPUTS = ["a red circle", "blue square on grey", "green circle"]
@@ -91,6 +91,41 @@ def test_without_adapter_there_is_no_verdict():
     assert equal_latency_verdict(table()[:1]) is None and "no adapter" in verdict_text(None)
 
 
+def decoded(name, kind, speedup, exact=1.0, group=""):
+    work = {"tokens_per_step": 2.0, "tokens_per_s": 100.0, "overhead": 2.0 / speedup}
+    quality = {"exact_match": exact}
+    own = {"speedup": speedup, "speedup_range": (0.9 * speedup, 1.1 * speedup), "latency_s": 1 / speedup}
+    return Row(name=name, kind=kind, group=group, work=work, memory_bytes=2**20, quality=quality, **own)
+
+
+def test_without_loss_the_faster_one_wins():
+    rows = [decoded("plain", "baseline", 1.0), decoded("medusa", "adapter", 1.8), decoded("trie", "untrained", 1.4)]
+    verdict = lossless_verdict(rows)
+    assert verdict["wins"] and "trie is slower at 1.40x" in verdict_text(verdict)
+    assert "faster than every rival with the same output" in verdict_text(verdict)
+    two = lossless_verdict([*rows, decoded("medusa and lookup", "adapter", 2.0)])
+    assert two["adapter"] == "medusa" and "variant medusa and lookup is faster at 2.00x" in verdict_text(two)
+    lost = lossless_verdict([*rows, decoded("lookup", "untrained", 1.9)])
+    assert not lost["wins"] and "It loses to lookup: use that instead" in verdict_text(lost)
+    assert not lossless_verdict([decoded("medusa", "adapter", 0.9)])["wins"]
+    assert "no faster than plain" in verdict_text(lossless_verdict([decoded("medusa", "adapter", 0.9)]))
+    assert lossless_verdict(rows[:1]) is None
+
+
+def test_a_faster_rival_that_says_something_else_does_not_count():
+    rows = [decoded("medusa", "adapter", 1.8), decoded("typical", "peer", 2.5, exact=0.3)]
+    verdict = lossless_verdict(rows)
+    assert verdict["wins"] and "with the same tokens in 30.0%" in verdict_text(verdict)
+
+
+def test_tables_by_kind_of_input_stand_in_the_markdown():
+    rows = [decoded("plain", "baseline", 1.0), decoded("medusa", "adapter", 1.8)]
+    one = {"speedup": 1.5, "tokens_per_step": 2.25}
+    report = build(rows) | {"categories": {"code": {"plain": one, "medusa": one}}, "repeated_trigrams": {"code": 0.25}}
+    text = reports.markdown(report)
+    assert "| medusa | 1.50x, 2.25 |" in text and "| repeated trigrams in plain text | 25% |" in text
+
+
 def build(rows):
     return reports.build_report(
         rows,
@@ -99,6 +134,7 @@ def build(rows):
         device="cpu: it",
         commit="abc",
         seed=3,
+        verdict=equal_latency_verdict(rows),
         inputs=3,
         reference="50 steps",
     )

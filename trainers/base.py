@@ -130,6 +130,11 @@ class FrozenBackboneTask(LightningModule):
         """Write the adapter of `exported` into `folder`; called on rank 0, inside `consolidated()`."""
         raise NotImplementedError(f"{type(self).__name__} does not export an adapter")
 
+    @property
+    def export_formats(self) -> dict[str, Callable[[Path], None]]:
+        """What `trainers.export format=...` can write besides the adapter, by name."""
+        return {}
+
     def sample_images(self, count: int) -> tuple[Tensor, Tensor] | None:
         """(teacher's, student's) images [count, C, H, W] in -1..1 from the same noise, for the grid, or None."""
         return None

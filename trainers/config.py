@@ -151,10 +151,21 @@ class Evaluation(Section):
     """How the exported adapter is measured."""
 
     inputs: PositiveInt = Field(default=64, description="held-out inputs that quality is measured on")
-    batch_size: PositiveInt = Field(default=16, description="images per call of the pipeline")
-    timing_batch: PositiveInt = Field(default=8, description="images per timed call")
+    batch_size: PositiveInt = Field(default=16, description="images per call of the pipeline; prompts run one by one")
+    timing_batch: PositiveInt = Field(default=8, description="images, or prompts of each category, per timed call")
     prompts: Text | None = Field(
         default=None, description="text file of prompts, of which the last tenth is held out; null takes the recipe's"
+    )
+    new_tokens: PositiveInt = Field(default=96, description="tokens that a language model decodes for each input")
+    assistant: Text | None = Field(
+        default=None,
+        description="small language model to compare with as transformers' assistant; null takes the "
+        "embedded backbone's own, if any",
+    )
+    compiled: bool = Field(
+        default=False,
+        description="also measure a language model's plain decoding compiled by torch, where that works; on a CPU it "
+        "needs a C++ compiler and a minute",
     )
     repeats: int = Field(default=5, ge=5, description="paired timing rounds, each with every row once")
     seed: int = Field(default=1234, description="seed of the held-out inputs and of their noise")
@@ -216,7 +227,8 @@ class ExportConfig(Section):
 
     run: Text = Field(description="folder of the run, as outputs/<recipe>/<run>")
     checkpoint: Text | None = Field(default=None, description="checkpoint file; null takes the run's newest")
-    output: Text | None = Field(default=None, description="folder of the adapter; null writes <run>/adapter")
+    format: Text = Field(default="adapter", description="adapter, or what a serving engine reads (medusa: tgi, vllm)")
+    output: Text | None = Field(default=None, description="folder to write; null writes <run>/<format>")
 
 
 class PublishConfig(Section):
@@ -248,3 +260,39 @@ class PublishConfig(Section):
         if value is not None and (COMMIT.fullmatch(value) or not all(map(NAME.fullmatch, value.split("/")))):
             raise ValueError("the name of a branch; a commit cannot be published on")
         return value
+
+
+class ConvertConfig(Section):
+    """`python -m trainers.convert`: make an adapter of what somebody else trained."""
+
+    source: Text = Field(description="folder or Hub id with the trained module, in safetensors")
+    revision: Text | None = Field(default=None, description="Hub commit or tag of the source; null takes the newest")
+    method: str = Field(default="medusa", description="what it is")
+    backbone: Backbone = Field(description="the model that it was trained on")
+    output: Text = Field(description="folder of the adapter to write")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where the backbone runs")
+    prompts: Text = Field(default="stdlib", description="text to calibrate on: a file, a folder, a Hub id, or stdlib")
+    holdout: PositiveInt = Field(default=32, description="prompts that are decoded to calibrate")
+    new_tokens: PositiveInt = Field(default=96, description="tokens decoded for each of them")
+
+
+class DistillConfig(Section):
+    """`python -m trainers.distill`: let a backbone answer seed prompts, for modules that learn what it would say."""
+
+    backbone: Backbone = Field(description="the language model that answers")
+    prompts: Text = Field(
+        default="stdlib",
+        description="a text file with one prompt a line; records with prompt, or with messages whose user turns are "
+        "answered one after the other (a .jsonl file, a folder, a Hub id); or stdlib: code and prose that "
+        "embedded:llama was trained on",
+    )
+    output: Text = Field(description="folder of the answers, a .jsonl file for every batch")
+    count: PositiveInt | None = Field(
+        default=None, description="how many prompts are answered; null takes all, of stdlib 2000"
+    )
+    max_new_tokens: PositiveInt = Field(default=256, description="tokens of the longest answer")
+    temperature: float = Field(default=0.3, ge=0, description="of sampling; 0 takes the likeliest token")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="share of the likeliest tokens that is sampled from")
+    batch_size: PositiveInt = Field(default=16, description="prompts that are answered at a time")
+    seed: int = Field(default=0, ge=0, description="with the number of its prompt, fixes every answer")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where it runs; auto takes a GPU if any")

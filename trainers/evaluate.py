@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 USAGE = """usage: python -m trainers.evaluate adapter=<folder or Hub id> [key=value ...]
 
 Runs the adapter, its backbone, and the untrained and plain alternatives at about the adapter's work in turns, and
-writes report.json, report.md, report.png and samples/grid.png.  --print shows the resolved settings and exits."""
+writes report.json, report.md, report.png and, for images, samples/grid.png.
+--print shows the resolved settings and exits."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(config: EvaluateConfig) -> dict[str, Any]:
     """Measure an adapter, write the report and the adapter's card, print the table.
 
-    The method's own `trainers/<method>.py` says what is run and what quality means, in
+    The method's own `trainers/<method>.py` does the measuring, in `measure(request) -> trainers.evaluation.Measured`.
+    One for diffusion pipelines only says what is run and what quality means, in
     `evaluation_setup(driver, adapter_folder, config) -> trainers.evaluation.EvaluationSetup`.
 
     Returns:
@@ -43,74 +45,44 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     Raises:
         ValueError: the adapter or the backbone is refused (AdapterError), or the device is not there.
     """
-    import torch
     from rich.console import Console
 
     from checkpoints.load import local_folder
     from checkpoints.manifest import adapter_sha256, read_manifest
-    from modules.pipelines import driver, load_pipeline
     from trainers import report as reports
-    from trainers.evaluation import method_module
+    from trainers.evaluation import Request, device_of, measurer
     from trainers.run_folder import code_version
 
     adapter = local_folder(config.adapter, config.revision)
     manifest, identity = read_manifest(adapter), adapter_sha256(adapter)
-    method = method_module(manifest.method)
-    device = _device(config.device)
+    measure = measurer(manifest.method)
+    device = device_of(config.device)
     name = config.backbone or manifest.base_model_name_or_path
-    revision = manifest.base_model_revision if name == manifest.base_model_name_or_path else None
-    console, settings = Console(), config.evaluation
+    console = Console()
     with console.status(f"loading {name}") as status:
-        notify: Callable[[str], None] = status.update
-        running = driver(load_pipeline(name, revision, config.dtype).to(device), name)
-        notify("reference images, and rivals at the adapter's work")
-        setup = method.evaluation_setup(running, adapter, config)
-        rows = reports.measure_cases(
-            running,
-            setup.cases,
-            setup.inputs,
-            setup.seeds,
-            setup.reference,
-            repeats=settings.repeats,
-            batch_size=settings.batch_size,
-            timing_batch=setup.timing_batch,
-            quality_fns=setup.quality,
-            seed=settings.seed,
-            notify=notify,
-        )
+        measured = measure(Request(adapter, manifest, name, config, device, status.update))
     code = code_version()
     report = reports.build_report(
-        rows,
+        measured.rows,
         method=manifest.method,
         backbone=name,
-        device=reports.device_name(torch.device(device)),
+        device=reports.device_name(device),
         commit=f"{code['commit'] or 'unknown'}{'-dirty' if code['dirty'] else ''}",
-        seed=settings.seed,
-        inputs=len(setup.inputs),
-        batch_size=settings.batch_size,
-        timing_batch=setup.timing_batch,
-        reference=setup.reference_text,
+        seed=config.evaluation.seed,
+        verdict=measured.verdict,
         dtype=config.dtype,
         adapter_seed=manifest.made_by.get("seed"),
         adapter_sha256=identity,
         backbone_fingerprint=manifest.base_model_fingerprint,
+        **measured.facts,
     )
     output = _output_folder(config, adapter)
-    reports.write_report(output, report, rows)
+    reports.write_report(output, report, measured.rows, measured.plotted)
     if Path(config.adapter).is_dir():  # a snapshot in the Hub's cache is not ours to change
         _refresh_adapter(adapter, manifest, report, output)
-    reports.print_table(rows, console)
+    reports.print_table(measured.rows, console)
     console.print(f"report: {output}", highlight=False)
     return report
-
-
-def _device(wanted: str) -> str:
-    import torch
-
-    available = torch.cuda.is_available()
-    if wanted == "cuda" and not available:
-        raise ValueError("device is cuda but torch sees no GPU here: set device=cpu, or leave it out")
-    return "cuda" if wanted == "cuda" or (wanted == "auto" and available) else "cpu"
 
 
 def _output_folder(config: EvaluateConfig, adapter: Path) -> Path:

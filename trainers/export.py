@@ -1,4 +1,4 @@
-"""python -m trainers.export run=outputs/RECIPE/RUN: write the adapter of a run's checkpoint once more."""
+"""python -m trainers.export run=outputs/RECIPE/RUN: write the adapter of a run's checkpoint, or an engine's."""
 
 from __future__ import annotations
 
@@ -34,15 +34,19 @@ def _export(argv: Sequence[str]) -> int:
 
     from trainers import training
 
-    output = Path(config.output) if config.output else folder.adapter
+    output = Path(config.output) if config.output else folder.path / config.format
     try:
         task = training.build_task(recipe)
+        formats = {"adapter": task.export_adapter, **task.export_formats}
+        if config.format not in formats:
+            raise ValueError(f"format is '{config.format}', which is not one of {', '.join(formats)} ({recipe.method})")
         training.restore(task, checkpoint)
-        task.export_adapter(output)
+        formats[config.format](output)
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
-    print(f"{output} is the adapter after step {task.steps_done}")
+    what = "adapter" if config.format == "adapter" else f"export for {config.format}"
+    print(f"{output} is the {what} after step {task.steps_done}")
     return 0
 
 

@@ -24,22 +24,26 @@ _STYLES: dict[Kind, tuple[str, str, float]] = {
     "peer": ("D", "#2ca02c", 45),
     "adapter": ("*", "#d62728", 260),
 }
-_METRIC_NAMES = {"psnr_db": "PSNR to the reference (dB)"}
+_METRIC_NAMES = {"psnr_db": "PSNR to the reference (dB)", "tokens_per_step": "tokens per backbone call"}
 _LABEL_PLACES = [(x, y) for y in (5, -5, 14, -14, 23, -23) for x in (9, -9)]
 _TILE = 96
 _GAP = 4
 
 
-def plot_rows(path: Path, rows: Sequence[Row], *, title: str = "", metric: str = "psnr_db") -> None:
-    """Write a PNG of `metric` against speedup: a marker per kind, bars for ranges, a line along the plain sampler."""
-    shown = [row for row in rows if metric in row.quality]
+def plot_rows(path: Path, rows: Sequence[Row], metric: str = "psnr_db", *, title: str = "") -> None:
+    """Write a PNG of `metric`, a quality or a work, against speedup: a marker per kind, bars for ranges.
+
+    Where quality falls with speed, a line goes along the plain sampler.
+    """
+    shown = [row for row in rows if _value(row, metric) is not None]
     figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     plain = sorted((row for row in shown if row.kind in ("plain", "baseline")), key=lambda row: row.speedup)
-    axes.plot(
-        [row.speedup for row in plain], [row.quality[metric] for row in plain], color=_STYLES["plain"][1], alpha=0.5
-    )
+    if any(metric in row.quality for row in plain):
+        axes.plot(
+            [row.speedup for row in plain], [_value(row, metric) for row in plain], color=_STYLES["plain"][1], alpha=0.5
+        )
     for kind, (marker, colour, size) in _STYLES.items():
         of_kind = [row for row in shown if row.kind == kind]
         if of_kind:
@@ -54,8 +58,12 @@ def plot_rows(path: Path, rows: Sequence[Row], *, title: str = "", metric: str =
     atomic_write(path, buffer.getvalue())
 
 
+def _value(row: Row, metric: str) -> float | None:
+    return row.quality.get(metric, row.work.get(metric))
+
+
 def _draw_kind(axes: Axes, rows: Sequence[Row], metric: str, kind: str, marker: str, colour: str, size: float) -> None:
-    x, y = [row.speedup for row in rows], [row.quality[metric] for row in rows]
+    x, y = [row.speedup for row in rows], [_value(row, metric) for row in rows]
     spread = [
         [row.speedup - row.speedup_range[0] for row in rows],
         [row.speedup_range[1] - row.speedup for row in rows],
@@ -66,7 +74,7 @@ def _draw_kind(axes: Axes, rows: Sequence[Row], metric: str, kind: str, marker: 
 
 def _label(axes: Axes, rows: Sequence[Row], metric: str) -> None:
     """Names beside the points, each at the first place around its point where it covers neither a name nor a point."""
-    points = [(row.speedup, row.quality[metric]) for row in rows]
+    points = [(row.speedup, _value(row, metric)) for row in rows]
     figure = axes.get_figure(root=True)
     assert figure is not None  # the axes were made from one
     figure.draw_without_rendering()  # settles the layout that the boxes are measured in

@@ -20,7 +20,7 @@ from trainers.plots import plot_rows, save_grid
 from trainers.rows import Case, Row
 from trainers.run_folder import atomic_write, versions
 from trainers.timing import Timing, alternate, peak_memory
-from trainers.verdict import equal_latency_verdict, verdict_text
+from trainers.verdict import verdict_text
 
 __all__ = ["Case", "Driver", "QualityFn", "Row", "build_report", "measure_cases", "print_table", "write_report"]
 
@@ -143,12 +143,21 @@ def _row(
 
 
 def build_report(
-    rows: Sequence[Row], *, method: str, backbone: str, device: str, commit: str, seed: int, **extra: Any
+    rows: Sequence[Row],
+    *,
+    method: str,
+    backbone: str,
+    device: str,
+    commit: str,
+    seed: int,
+    verdict: dict[str, Any] | None,
+    **extra: Any,
 ) -> dict[str, Any]:
     """The content of `report.json`.
 
     Args:
         device: the machine's part that ran, in words.
+        verdict: see `trainers.verdict`.
         extra: further facts about the measurement (inputs, reference, timing_batch ...), kept under their names.
     """
     return {
@@ -158,7 +167,7 @@ def build_report(
         "commit": commit,
         "seed": seed,
         "rows": [row.as_json() for row in rows],
-        "verdict": equal_latency_verdict(rows),
+        "verdict": verdict,
         "torch_threads": torch.get_num_threads(),
         "created_with": versions(),
         **extra,
@@ -175,17 +184,25 @@ def device_name(device: torch.device) -> str:
     return f"{device.type}: {models[0] if models else platform.processor() or platform.machine()}"
 
 
-def write_report(folder: Path, report: dict[str, Any], rows: Sequence[Row]) -> None:
-    """Write report.json, report.md, report.png and samples/grid.png into `folder`, each at once or not at all."""
+def write_report(folder: Path, report: dict[str, Any], rows: Sequence[Row], plotted: str = "psnr_db") -> None:
+    """Write report.json, report.md, report.png and samples/grid.png into `folder`, each at once or not at all.
+
+    Args:
+        plotted: the quality or work that the picture draws against the speedup.
+    """
     atomic_write(folder / "report.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
     atomic_write(folder / "report.md", markdown(report))
-    plot_rows(folder / "report.png", rows, title=f"{report['method']} on {report['backbone']}")
+    plot_rows(folder / "report.png", rows, plotted, title=f"{report['method']} on {report['backbone']}")
     grid = {row.name: row.samples for row in rows if row.samples is not None and row.kind in ("baseline", "adapter")}
     if grid:
         save_grid(folder / "samples" / "grid.png", list(grid.values()), list(grid))
 
 
-def _cells(row: Mapping[str, Any], metrics: Sequence[str]) -> list[str]:
+_WORK = {"blocks": "blocks", "tokens_per_step": "tok/step", "tokens_per_s": "tok/s", "overhead": "step"}
+"""Work that the tables show, and its heading; `overhead` is the time of a step, the baseline's being 1."""
+
+
+def _cells(row: Mapping[str, Any], work: Sequence[str], metrics: Sequence[str]) -> list[str]:
     low, high = row["speedup_range"]
     cells = [
         row["name"],
@@ -194,15 +211,23 @@ def _cells(row: Mapping[str, Any], metrics: Sequence[str]) -> list[str]:
         f"{low:.2f}-{high:.2f}",
         f"{row['latency_s'] * 1000:.0f}",
     ]
-    blocks = f"{row['work']['blocks']:.1f}".removesuffix(".0") if "blocks" in row["work"] else ""
-    cells += [blocks, f"{row['memory_bytes'] / 2**20:.0f}"]
+    cells += [_brief(row["work"].get(name)) for name in work] + [f"{row['memory_bytes'] / 2**20:.0f}"]
     return cells + [f"{row['quality'][name]:.4g}" if name in row["quality"] else "" for name in metrics]
+
+
+def _brief(value: float | None) -> str:
+    if value is None:
+        return ""
+    if value >= 1000:
+        return f"{value:.0f}"
+    return f"{value:.2f}" if value < 10 and value % 1 else f"{value:.1f}".removesuffix(".0")
 
 
 def _header_and_cells(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
     metrics = list(dict.fromkeys(name for row in rows for name in row["quality"]))
-    header = ["", "kind", "speedup", "range", "ms", "blocks", "MiB", *metrics]
-    return header, [_cells(row, metrics) for row in rows]
+    work = [name for name in _WORK if any(name in row["work"] for row in rows)]
+    header = ["", "kind", "speedup", "range", "ms", *(_WORK[name] for name in work), "MiB", *metrics]
+    return header, [_cells(row, work, metrics) for row in rows]
 
 
 def markdown(report: Mapping[str, Any]) -> str:
@@ -218,11 +243,27 @@ def markdown(report: Mapping[str, Any]) -> str:
                 f"# {report['method']} on {report['backbone']}",
                 "\n".join(lines),
                 verdict_text(report.get("verdict")),
+                *_by_category(report),
                 f"Measured on {', '.join(facts)}. Speedup is the median over alternating rounds, range its extremes.",
             ]
         )
         + "\n"
     )
+
+
+def _by_category(report: Mapping[str, Any]) -> list[str]:
+    """Speedup and tokens per step of every row, a column for each category of input; empty without categories."""
+    categories: Mapping[str, Any] = report.get("categories", {})
+    if not categories:
+        return []
+    lines = [["", *categories], ["---", *["---:"] * len(categories)]]
+    for row in report["rows"]:
+        found = [categories[name][row["name"]] for name in categories]
+        lines.append([row["name"], *(f"{one['speedup']:.2f}x, {one['tokens_per_step']:.2f}" for one in found)])
+    if repeated := report.get("repeated_trigrams"):
+        lines.append(["repeated trigrams in plain text", *(f"{repeated[name]:.0%}" for name in categories)])
+    table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return [f"Speedup and tokens per step by kind of input:\n\n{table}"]
 
 
 def print_table(rows: Sequence[Row], console: Console | None = None) -> None:

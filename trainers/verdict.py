@@ -66,10 +66,59 @@ def _compare(adapter: Row, rival: Row, metric: str, *, faster: bool) -> dict[str
     }
 
 
+def lossless_verdict(rows: Sequence[Row], metric: str = "exact_match") -> dict[str, Any] | None:
+    """Is the adapter faster than every rival, where the output is the same whatever runs?
+
+    A rival is a row of kind untrained, plain or peer; of each group the fastest counts.  A rival whose output differs
+    from the backbone's more often than the adapter's has given up what is compared, and is listed without counting.
+
+    Returns:
+        None without an adapter row; else `adapter` (the first such row), `metric` ("speedup"), `value`, `exact` (its
+        share of equal outputs), `latency_s`, `variants` (speedup by name of the other adapter rows), `rivals` (each
+        with `margin`, adapter's speedup over its own less one, `faster` for the rival being the faster one, and
+        `exact`) and `wins`: faster than the baseline and every exact rival.
+    """
+    adapter = next((row for row in rows if row.kind == "adapter"), None)
+    if adapter is None:
+        return None
+    groups: dict[str, Row] = {}
+    for row in rows:
+        if row.kind in ("untrained", "plain", "peer"):
+            best = groups.setdefault(row.group or row.name, row)
+            groups[row.group or row.name] = max(best, row, key=lambda row: row.speedup)
+    own = adapter.quality.get(metric, 1.0)
+    rivals = [
+        {
+            "name": row.name,
+            "group": group,
+            "kind": row.kind,
+            "latency_s": row.latency_s,
+            "value": row.speedup,
+            "margin": adapter.speedup / row.speedup - 1,
+            "exact": row.quality.get(metric, 1.0),
+            "faster": row.speedup >= adapter.speedup,
+        }
+        for group, row in groups.items()
+    ]
+    lost = [rival for rival in rivals if rival["faster"] and rival["exact"] >= own]
+    return {
+        "adapter": adapter.name,
+        "metric": "speedup",
+        "value": adapter.speedup,
+        "exact": own,
+        "latency_s": adapter.latency_s,
+        "variants": {row.name: row.speedup for row in rows if row.kind == "adapter" and row is not adapter},
+        "rivals": rivals,
+        "wins": adapter.speedup > 1 and not lost,
+    }
+
+
 def verdict_text(verdict: dict[str, Any] | None) -> str:
     """The verdict as one paragraph for the report and the card."""
     if verdict is None:
         return "There is no adapter among the rows, so there is nothing to compare."
+    if verdict["metric"] == "speedup":
+        return _lossless_text(verdict)
     unit = " dB" if verdict["metric"].endswith("_db") else ""
     name = verdict["metric"].removesuffix("_db").upper()
     time = f"{verdict['latency_s'] * 1000:.0f} ms"
@@ -91,3 +140,27 @@ def _rival_sentence(rival: dict[str, Any], unit: str) -> str:
     side = "closer than" if rival["closer"] else "farther than" if rival["margin"] < 0 else "exactly as close as"
     time = f"{rival['latency_s'] * 1000:.0f} ms" + (", faster than the adapter" if rival["faster"] else "")
     return f"It is {abs(rival['margin']):.2f}{unit} {side} {rival['name']} ({rival['value']:.2f}{unit}, {time})."
+
+
+def _lossless_text(verdict: dict[str, Any]) -> str:
+    sentences = [
+        f"**{verdict['adapter']}** is {verdict['value']:.2f}x as fast as plain decoding, with the same tokens in "
+        f"{verdict['exact']:.1%} of the outputs."
+    ]
+    for rival in verdict["rivals"]:
+        side = "slower" if rival["margin"] > 0 else "faster" if rival["margin"] < 0 else "equally fast"
+        exact = f", with the same tokens in {rival['exact']:.1%}" if rival["exact"] < verdict["exact"] else ""
+        sentences.append(f"{rival['name']} is {side} at {rival['value']:.2f}x{exact}.")
+    for name, speedup in verdict["variants"].items():
+        side = "faster" if speedup > verdict["value"] else "no faster"
+        sentences.append(f"Its variant {name} is {side} at {speedup:.2f}x.")
+    lost = [r["name"] for r in verdict["rivals"] if r["faster"] and r["exact"] >= verdict["exact"]]
+    if lost:
+        sentences.append(f"**It loses to {', '.join(lost)}: use that instead.**")
+    elif verdict["value"] <= 1:
+        sentences.append("**It is no faster than plain decoding: do without it.**")
+    elif verdict["rivals"]:
+        sentences.append("It is faster than every rival with the same output.")
+    else:
+        sentences.append("No rival was measured.")
+    return " ".join(sentences)

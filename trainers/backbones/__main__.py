@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from trainers.backbones.publish import publish_dit, publish_pixart
+from trainers.backbones.publish_llama import MINUTES, publish_llama
 
-_MAKERS: dict[str, Callable[[Path], None]] = {"pixart": publish_pixart, "dit": publish_dit}
-USAGE = f"usage: python -m trainers.backbones {{{','.join(_MAKERS)}}} out=FOLDER"
+NAMES = ("pixart", "dit", "llama")
+USAGE = f"usage: python -m trainers.backbones {{{','.join(NAMES)}}} out=FOLDER [minutes={MINUTES} (llama)]"
 
 
 def main(argv: list[str]) -> int:
     """The command; 2 where it was called wrongly."""
     names = [argument for argument in argv if "=" not in argument]
     options = dict(argument.split("=", 1) for argument in argv if "=" in argument)
-    if len(names) != 1 or names[0] not in _MAKERS or set(options) != {"out"}:
+    name, allowed = names[0] if names else "", {"out", "minutes"} if names == ["llama"] else {"out"}
+    minutes = _positive(options.get("minutes", str(MINUTES)))
+    if names != [name] or name not in NAMES or "out" not in options or options.keys() - allowed or minutes is None:
         print(f"{USAGE}\ngiven: {' '.join(argv) or 'nothing'}", file=sys.stderr)
         return 2
     out = Path(options["out"])
@@ -28,9 +30,21 @@ def main(argv: list[str]) -> int:
         return 2
     start = time.time()
     torch.manual_seed(0)
-    _MAKERS[names[0]](out)
-    print(f"{names[0]} is in {out} after {(time.time() - start) / 60:.0f} minutes")
+    if name == "llama":
+        publish_llama(out, minutes)
+    elif name == "dit":
+        publish_dit(out)
+    else:
+        publish_pixart(out)
+    print(f"{name} is in {out} after {(time.time() - start) / 60:.0f} minutes")
     return 0
+
+
+def _positive(text: str) -> float | None:
+    try:
+        return number if (number := float(text)) > 0 else None
+    except ValueError:
+        return None
 
 
 if __name__ == "__main__":

@@ -1,0 +1,174 @@
+"""The backbone behind its cache: one call per tree of guesses, one commit per accepted path."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modules.decode_host.cache import keep_rows, prepare_cache, set_columns
+from modules.decode_host.masks import TreeMasks, windows_of
+from modules.decode_host.tree import TreeTables
+
+
+class Backbone:
+    """A causal language model of transformers that is decoded by trees.
+
+    Shapes: B sequences, M nodes of a tree with its root, D hidden size, V vocabulary.
+
+    Attributes:
+        lengths: committed length of each sequence in columns of the cache, left padding included.
+        columns: where the next tree's rows come.
+        hidden: what entered the output matrix in the last call, [B, M, D]; None where it is not kept.
+    """
+
+    def __init__(self, model: Any, keep_hidden: bool) -> None:
+        self.model, self.keep_hidden = model, keep_hidden
+        self.windows = windows_of(model.config)
+        self._borders = rope_borders(model.config)
+        self.cache: Any = None
+        self.lengths: list[int] = []
+        self.columns = 0
+        self.hidden: Tensor | None = None
+        self._masks: TreeMasks
+        self._room: int | None = None
+        self._widths: dict[bool, int | None] = {}
+        self._last = self._shift = 0
+        self._extra: dict[str, Any] = {}
+
+    @property
+    def room(self) -> int | None:
+        """Nodes that the cache still has columns for, None for any number."""
+        return None if self._room is None else self._room - self.columns
+
+    def depth(self, most: int) -> int:
+        """How deep the next tree may be, `most` or less: no guess must change the rotation of the others."""
+        length = self.columns + self._shift + 1  # tokens up to the root
+        for border, once in self._borders:
+            most = min(most, border - length if length <= border else most if once else 0)
+        return most
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Keeps what enters the output matrix, where a drafter reads it."""
+        if not self.keep_hidden:
+            yield
+            return
+        matrix = self.model.get_output_embeddings()
+        if matrix is None:
+            raise ValueError(f"{type(self.model).__name__} has no output matrix, whose input the drafter reads")
+        hook = matrix.register_forward_pre_hook(self._keep)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def _keep(self, module: Any, args: tuple[Tensor, ...]) -> None:
+        self.hidden = args[0]
+
+    def prefill(self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any]) -> Tensor:
+        """Runs the prompt as transformers would; returns the last row's logits [B, 1, V].
+
+        Raises:
+            ValueError: a cache, mask or position ids that trees cannot work with.
+        """
+        model, mask = self.model, model_kwargs.get("attention_mask")
+        if model_kwargs.get("inputs_embeds") is not None:
+            raise ValueError("the prompt is given as inputs_embeds, which drafters cannot read: give input_ids")
+        # A conversation may go on with its new ids alone; the mask, or its length where it was all ones, has them all.
+        seen = getattr(generation_config, "_mask_length", input_ids.shape[1]) if mask is None else mask.shape[1]
+        self._last = generation_config.max_length - 1 + seen - input_ids.shape[1]
+        self._room = prepare_cache(model_kwargs.get("past_key_values"), self._last)
+        positions = model_kwargs.get("position_ids")
+        if positions is None or positions.dim() != 2:
+            raise ValueError(f"{type(model).__name__} takes no position per token, by which a tree tells its nodes")
+        outputs = model._prefill(input_ids, generation_config, model_kwargs)
+        self.cache = outputs.past_key_values
+        length = int(self.cache.get_seq_length())
+        self.lengths, self.columns = [length] * len(input_ids), length
+        padding = None if mask is None or bool(mask.all()) else mask[:, :length].bool()
+        self._masks = TreeMasks(self.windows, padding, _dtype(model))
+        # Column `length` of each sequence has the position after its last; plain decoding counts on from there.
+        self._offset = (positions[:, -1:] + 1 - length).expand(len(input_ids), 1).to(model.device)
+        self._shift = int(self._offset.max()) if self._borders else 0
+        self._widths = {bool(layer.is_sliding): getattr(layer, "max_cache_len", None) for layer in self.cache.layers}
+        self._extra = {
+            name: value
+            for name, value in model_kwargs.items()
+            if name not in ("attention_mask", "position_ids", "past_key_values", "logits_to_keep", "inputs_embeds")
+        }
+        if self.hidden is not None:
+            self.hidden = self.hidden[:, -1:]
+        logits: Tensor = outputs.logits
+        return logits[:, -1:]
+
+    def __call__(self, tokens: Tensor, tables: TreeTables) -> Tensor:
+        """Logits [B, M, V] of every node; its rows stay in the cache until `commit`.
+
+        Args:
+            tokens: [B, M], the root's first.
+        """
+        lengths, columns = self.lengths, self.columns
+        if all(length == columns for length in lengths):
+            column = tables.depth + columns
+        else:
+            column = tables.depth + torch.tensor(lengths, device=tokens.device)[:, None]
+            # What a sequence at its limit guesses is of no use, but a learned position must exist.
+            column = column.clamp_(max=self._last)
+        outputs = self.model(
+            input_ids=tokens,
+            attention_mask=self._masks.build(tables, lengths, columns, self._widths),
+            position_ids=column + self._offset,
+            past_key_values=self.cache,
+            return_dict=True,
+            **self._extra,
+        )
+        logits: Tensor = outputs.logits
+        return logits
+
+    def commit(self, paths: Sequence[Sequence[int]], active: Sequence[bool]) -> None:
+        """Keeps the rows of each sequence's path, the root first, and drops the others.
+
+        Args:
+            active: which sequences still grow.
+        """
+        keep_rows(self.cache, self.columns, self.lengths, paths)
+        self.lengths = [length + len(path) for length, path in zip(self.lengths, paths, strict=True)]
+        growing = [length for length, grows in zip(self.lengths, active, strict=True) if grows]
+        # A static cache has no columns past the longest sequence's, so those who lag write over those who have ended.
+        self.columns = max(growing if growing and self._room is not None else self.lengths)
+        set_columns(self.cache, self.columns)
+
+    def rewind(self, tokens: int) -> None:
+        """Forgets the last committed tokens of every sequence."""
+        self.lengths = [length - tokens for length in self.lengths]
+        self.columns -= tokens
+        set_columns(self.cache, self.columns)
+
+    def finish(self) -> Any:
+        """The cache, for who wants it back; a static one of several sequences is empty, see `commit`."""
+        if self._room is not None and len(self.lengths) > 1:
+            self.cache.reset()
+        return self.cache
+
+
+def rope_borders(config: Any) -> list[tuple[int, bool]]:
+    """Text lengths at which a rotary embedding changes: once there (true), or with every token from there on."""
+    config = config.get_text_config(decoder=True)
+    ropes = getattr(config, "rope_parameters", None) or {}
+    borders = []
+    for rope in [ropes] if "rope_type" in ropes else [rope for rope in ropes.values() if isinstance(rope, dict)]:
+        if "dynamic" in rope["rope_type"]:
+            borders.append((int(config.max_position_embeddings), False))
+        elif rope["rope_type"] == "longrope":
+            borders.append((int(rope["original_max_position_embeddings"]), True))
+    return borders
+
+
+def _dtype(model: Any) -> torch.dtype:
+    device = model.device.type
+    dtype: torch.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
+    return dtype
