@@ -30,7 +30,7 @@ def held_bytes(strategy: str, frozen: float, learned: float, ranks: int) -> floa
     sharded = MASTER + MOMENTS + (0 if strategy == "deepspeed_1" else GRADIENT)
     whole = WEIGHT + (GRADIENT if strategy == "deepspeed_1" else 0)
     if strategy == "deepspeed_3":
-        return (frozen + learned * (sharded + WEIGHT)) / ranks
+        return (frozen + learned * sharded) / ranks + learned * WEIGHT
     return frozen + learned * whole + learned * sharded / ranks
 
 

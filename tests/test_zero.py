@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DiTTransformer2DModel
 
 from checkpoints.load import load_adapter, read_tensors
 from tests import strategy_worker
@@ -25,6 +26,7 @@ from tests.test_strategies import (
     state_of,
     told,
 )
+from tests.tiny import tiny_pipeline
 from tests.tiny_ilf import tiny_driver
 from trainers.callbacks import read_checkpoint
 from trainers.run_folder import RunFolder
@@ -33,7 +35,19 @@ pytestmark = pytest.mark.deepspeed
 pytest.importorskip("deepspeed")
 
 STAGES = ["deepspeed_1", "deepspeed_2", "deepspeed_3"]
+WIDE = {"num_attention_heads": 3, "attention_head_dim": 64, "num_layers": 4}
 FLAT = {"optimizer__schedule": "constant"}
+
+
+def wide(folder: Path) -> str:
+    """A backbone whose matrices, and its module's, are larger than what DeepSpeed keeps whole anyway."""
+    pipe = tiny_pipeline("dit")
+    names = ("in_channels", "out_channels", "sample_size", "patch_size", "num_embeds_ada_norm")
+    shared = {name: pipe.transformer.config[name] for name in names}
+    torch.manual_seed(0)
+    pipe.register_modules(transformer=DiTTransformer2DModel(**WIDE, **shared))
+    pipe.save_pretrained(folder / "wide")
+    return str(folder / "wide")
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +72,11 @@ def runs(tmp_path_factory) -> Path:
     jobs.append(job("noisy", folder, "deepspeed_3", **noisy))
     jobs.append(job("fad", folder, "deepspeed_3", objective__target="fad", **noisy))
     jobs += [deep(folder, stage) for stage in STAGES]
+    backbone = {"backbone__name": wide(folder)}
+    strategy_worker.run(folder, job("wide", folder, ranks=1, **backbone, **FLAT))
+    jobs += [job("wide-3", folder, "deepspeed_3", **backbone, **FLAT)]
+    half = job("wide-half", folder, "deepspeed_3", trainer__max_steps="3", **backbone, **FLAT)
+    jobs += [half, job("wide-rest", folder, "deepspeed_3", source="wide-half", **backbone, **FLAT)]
     strategy_worker.start(folder, jobs)
     for stage in STAGES:
         strategy_worker.run(folder, job(f"{stage}-to-single", folder, ranks=1, source=f"{stage}-half", **FLAT))
@@ -114,6 +133,14 @@ def test_stage_3_shards_the_backbone_in_its_own_dtype(runs: Path) -> None:
     parts = [told(runs, "bf16-deepspeed_3", rank) for rank in (0, 1)]
     assert parts[0]["dtypes"] == ["torch.bfloat16"] and parts[0]["learned_dtypes"] == ["torch.float32"]
     assert parts[0]["gradients"] == 0
+
+
+def test_stage_3_shards_large_matrices_of_the_backbone_and_learns_the_same(runs: Path) -> None:
+    assert 0 < furthest(state_of(runs / "wide-3"), state_of(runs / "wide")) < BOUND
+    assert furthest(state_of(runs / "wide-rest"), state_of(runs / "wide-3")) == 0
+    held = [told(runs, "wide-3", rank) for rank in (0, 1)]
+    # Halves of the matrices, and biases and norms whole beside their halves.
+    assert all(0.5 <= part["held"] / part["whole"] < 0.6 for part in held)
 
 
 def test_updates_of_several_batches_are_those_of_ddp(runs: Path) -> None:

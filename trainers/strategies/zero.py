@@ -47,8 +47,8 @@ class KeepsDtypes(DeepSpeedPrecision):
 class ZeRO(DeepSpeedStrategy):
     """ZeRO stage 1, 2 or 3, with or without offloading to the host's memory.
 
-    Stages 1 and 2 shard the optimizer's state (and gradients) of what learns; stage 3 shards every parameter, which is
-    what makes room for a backbone that one device cannot hold.
+    Stages 1 and 2 shard the optimizer's state (and gradients) of what learns; stage 3 also the backbone, which is what
+    makes room for one that a single device cannot hold.
     """
 
     def __init__(self, stage: int, offload: bool, *, precision: str, timeout: timedelta) -> None:
@@ -114,6 +114,23 @@ class ZeRO(DeepSpeedStrategy):
         """Keeps what a plain copy of the learned part is made from."""
         self._skeleton = copy.deepcopy(self.task.learned).cpu()
         super().setup(trainer)
+        self._keep_learned_whole()
+
+    def _keep_learned_whole(self) -> None:
+        """Under stage 3 the weights that compute are gathered once per update, as DeepSpeed does with small ones.
+
+        A method may then use them outside the forward of the module that owns them, as losses in chunks do; gradients,
+        masters and moments stay sharded.
+        """
+        if not self.zero_stage_3:
+            return
+        held = cast(Any, self.optimizers[0]).persistent_parameters
+        learned: list[Any] = list(self.task.learned.parameters())
+        for parameter in learned:
+            if not parameter.ds_persist:
+                parameter.ds_persist = True
+                held.append(parameter)
+        learned[0].all_gather(learned)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Autocast around the step, as `bf16-mixed` is elsewhere."""
@@ -175,6 +192,7 @@ class ZeRO(DeepSpeedStrategy):
             flat.data[here].copy_(value.flatten()[there])
         for name, buffer in self.task.learned.named_buffers():
             buffer.copy_(state[f"learned.{name}"])
+        self._keep_learned_whole()
 
     @property
     def lightning_restore_optimizer(self) -> bool:
