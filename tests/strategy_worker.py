@@ -48,11 +48,11 @@ def run(root: Path, job: dict[str, Any]) -> None:
     import torch
     from rich.console import Console
 
-    from tests.tiny_ilf import RECIPE
     from trainers import recipes, training
     from trainers.run_folder import RunFolder
 
-    recipe = recipes.compose_recipe(str(RECIPE), job["overrides"])
+    file = ROOT / "tests" / f"{job.get('method', 'ilf')}_tiny.yaml"
+    recipe = recipes.compose_recipe(str(file), job["overrides"])
     folder = RunFolder(root / job["name"])
     rank = int(os.environ.get("LOCAL_RANK", "0"))
     if job.get("from") and rank == 0:

@@ -71,6 +71,7 @@ class MedusaTask(FrozenBackboneTask):
     """
 
     learned: Learned
+    unit = "tokens"
 
     def __init__(
         self,
@@ -84,6 +85,7 @@ class MedusaTask(FrozenBackboneTask):
         copied = {"heads": "the output matrix"} if recipe.module.vocabulary in ("own", "pruned") else {}
         super().__init__(model, Learned(heads), recipe, copied)
         self.settings, self.prompts, self.pad, self._text = recipe, list(prompts), pad, text
+        self.units_per_sample = recipe.data.length
         self.fingerprint, self.description = fingerprint(model), describe(model)
         self._frozen = [parameter for parameter in model.parameters()]
         if recipe.lora.rank:
@@ -211,9 +213,15 @@ class MedusaTask(FrozenBackboneTask):
         """Every `sample_every` updates: tokens per step of what would be exported, on the held-out prompts."""
         every = self.settings.trainer.sample_every
         if every and self.steps_done % every == 0 and self.prompts:
-            with self.drafting(self.counted(WATCHED_NODES)) as handle:
+            with self.consolidated(), self.drafting(self.counted(WATCHED_NODES)) as handle:
                 greedy_texts(self.model, self.prompts[:WATCHED_PROMPTS], **self._decoding(batch_size=1))
                 self.note(tokens_per_step=torch.tensor(handle.counts.tokens_per_step))
+
+    def on_train_end(self) -> None:
+        """Where only all ranks can run the backbone, they calibrate while they are all there."""
+        super().on_train_end()
+        if not self.backbone_is_whole:
+            self.calibrated()
 
     @contextmanager
     def drafting(self, config: MedusaConfig) -> Iterator[MedusaHandle]:
@@ -277,7 +285,8 @@ class MedusaTask(FrozenBackboneTask):
             made_by=self.made_by(),
             trained=self.parameter_table(),
         )
-        lora = {name: self._stored(value) for name, value in lora_tensors(self.learned.lora_parts()).items()}
+        parts = cast(Learned, self.exported).lora_parts()
+        lora = {name: self._stored(value) for name, value in lora_tensors(parts).items()}
         write_adapter(folder, manifest, self._head_tensors() | lora, card(manifest, None))
 
     @property
