@@ -45,8 +45,8 @@ def save_backbone(folder: Path) -> str:
     sizes = {"num_attention_heads": 12, "attention_head_dim": 64, "num_layers": 24}
     names = ("in_channels", "out_channels", "sample_size", "patch_size", "num_embeds_ada_norm")
     pipe.register_modules(transformer=DiTTransformer2DModel(**sizes, **{name: kept[name] for name in names}))
-    pipe.save_pretrained(folder / "backbone")
-    return str(folder / "backbone")
+    pipe.save_pretrained(folder / "random_dit")
+    return str(folder / "random_dit")
 
 
 def measure() -> list[dict[str, Any]]:

@@ -46,8 +46,8 @@ def wide(folder: Path) -> str:
     shared = {name: pipe.transformer.config[name] for name in names}
     torch.manual_seed(0)
     pipe.register_modules(transformer=DiTTransformer2DModel(**WIDE, **shared))
-    pipe.save_pretrained(folder / "wide")
-    return str(folder / "wide")
+    pipe.save_pretrained(folder / "wide_dit")
+    return str(folder / "wide_dit")
 
 
 @pytest.fixture(scope="module")

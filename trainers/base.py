@@ -117,6 +117,9 @@ class FrozenBackboneTask(LightningModule):
         """Optimizer groups; a group may set its own `lr` or `weight_decay`.  Default: all that learns, as one."""
         return [{"params": list(self.learned.parameters())}]
 
+    # Whether the backbone is only run by calling it; else `fsdp` shards its units and keeps the rest whole.
+    runs_whole_backbone = True
+
     def sharded_units(self) -> Sequence[nn.Module]:
         """Parts of the backbone that strategy `fsdp` makes whole one at a time; default: the longest list of blocks."""
         lists = [part for part in self.backbone.modules() if isinstance(part, nn.ModuleList)]

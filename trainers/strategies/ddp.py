@@ -49,4 +49,5 @@ class ShardedBackboneDDP(BackboneDDP):
         for block in task.sharded_units():
             if block not in whole:
                 fully_shard(block)
-        fully_shard(task.backbone, reshard_after_forward=True)
+        if task.runs_whole_backbone:
+            fully_shard(task.backbone, reshard_after_forward=True)
