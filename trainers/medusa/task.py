@@ -72,6 +72,7 @@ class MedusaTask(FrozenBackboneTask):
 
     learned: Learned
     unit = "tokens"
+    runs_whole_backbone = False  # its layers give the hidden states, its output matrix is used by itself
 
     def __init__(
         self,
