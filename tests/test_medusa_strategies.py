@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 from checkpoints.load import load_adapter, read_tensors
@@ -49,7 +50,7 @@ def assert_as_ddp(folder: Path, strategy: str) -> None:
     assert told(folder, strategy)["gradients"] == 0
     model = AutoModelForCausalLM.from_pretrained(folder / "llama")
     with load_adapter(model, folder / strategy / "adapter") as handle:
-        model.generate(max_new_tokens=12, do_sample=False)
+        model.generate(input_ids=torch.tensor([[5, 6, 7]]), max_new_tokens=12, do_sample=False)
         assert handle.counts.tokens_per_step >= 1
 
 
