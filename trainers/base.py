@@ -117,6 +117,8 @@ class FrozenBackboneTask(LightningModule):
         """Optimizer groups; a group may set its own `lr` or `weight_decay`.  Default: all that learns, as one."""
         return [{"params": list(self.learned.parameters())}]
 
+    # Whether an update may use a part of what learns only, which DDP then has to look for.
+    may_leave_unused = False
     # Whether the backbone is only run by calling it; else `fsdp` shards its units and keeps the rest whole.
     runs_whole_backbone = True
 

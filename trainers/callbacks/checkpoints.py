@@ -137,6 +137,7 @@ class Checkpoints(Checkpoint):
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if self.received is not None and signum == signal.SIGINT:
+            self.received = None  # acted upon
             raise KeyboardInterrupt
         if self.received != signal.SIGTERM:  # a warning does not take back that the job is ending
             self.received = signum

@@ -58,6 +58,7 @@ class ILFTask(FrozenBackboneTask):
         copied = {} if recipe.module.init == "scratch" else {"loop": f"transformer_{origin}".replace(" ", "s.")}
         super().__init__(running.transformer, learned, recipe, copied)
         self.settings, self.running, self.runs, self.rollout = recipe, running, runs, rollout
+        self.may_leave_unused = not any(learned.loop.config.feedback)  # the solver alone learns then
         self.clean, self.conditions = clean, conditions
         self.noise = NoisePredictor(running)
         self.loop: ILFHandle = attach_module(running.transformer, self.learned.loop)

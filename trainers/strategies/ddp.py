@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
@@ -29,6 +29,7 @@ class BackboneDDP(DDPStrategy):
     def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
         names = [name for name, _ in [*model.named_parameters(), *model.named_buffers()]]
         left_out = [name for name in names if not name.startswith("learned.")]
+        self._ddp_kwargs["find_unused_parameters"] = cast("FrozenBackboneTask", self.lightning_module).may_leave_unused
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, left_out)
         return super()._setup_model(model)
 
