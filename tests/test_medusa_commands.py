@@ -86,7 +86,7 @@ def test_an_adapter_holds_heads_and_nothing_of_the_backbone(run: Path) -> None:
     assert len(entry["hits"]) == len(entry["counts"]) == 2 and all(len(row) == 4 for row in entry["hits"])
     assert 1 <= len(entry["tree"]) <= 6
     card = (run / "adapter" / "README.md").read_text()
-    assert "AutoModelForCausalLM" in card and "library_name: transformers" in card and "vLLM" in card
+    assert "AutoModelForCausalLM" in card and "library_name: afterburner" in card and "vLLM" in card
 
 
 def test_evaluation_compares_with_every_rival_by_category(run: Path, tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ def test_a_resumed_run_is_one_run_and_equals_the_uninterrupted_one(monkeypatch: 
 def test_the_report_its_table_and_its_plot_are_logged(capsys: pytest.CaptureFixture[str]) -> None:
     folder, recipe = RunFolder(RUN), recipes.compose_recipe("ilf_pixart", {"wandb.mode": "offline"})
     rows = table()
-    report = build_report(rows, method="ilf", backbone="tiny", device="cpu", commit="abc", seed=0)
+    report = build_report(rows, method="ilf", backbone="tiny", device="cpu", commit="abc", seed=0, verdict=None)
     write_report(folder.path, report, rows)
     folder.adapter.mkdir()
     (folder.adapter / "adapter.safetensors").write_bytes(b"tensors")

@@ -87,6 +87,7 @@ class MedusaTask(FrozenBackboneTask):
         super().__init__(model, Learned(heads), recipe, copied)
         self.settings, self.prompts, self.pad, self._text = recipe, list(prompts), pad, text
         self.units_per_sample = recipe.data.length
+        self.may_leave_unused = bool(recipe.lora.heads_first)
         self.fingerprint, self.description = fingerprint(model), describe(model)
         self._frozen = [parameter for parameter in model.parameters()]
         if recipe.lora.rank:

@@ -148,9 +148,4 @@ class Recipe(RecipeBase):
             raise ValueError(
                 f"lora.heads_first is {self.lora.heads_first}, so LoRA would not train in max_steps updates"
             )
-        if self.lora.rank and self.lora.heads_first and self.trainer.devices != 1 and self.trainer.strategy == "auto":
-            raise ValueError(
-                "lora.heads_first leaves LoRA without gradients at first: set trainer.strategy to "
-                "ddp_find_unused_parameters_true, or heads_first to 0"
-            )
         return self
