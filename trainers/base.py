@@ -119,7 +119,7 @@ class FrozenBackboneTask(LightningModule):
 
     # Whether an update may use a part of what learns only, which DDP then has to look for.
     may_leave_unused = False
-    # Whether the backbone is only run by calling it; else `fsdp` shards its units and keeps the rest whole.
+    # Whether the backbone is only run by calling it; else only its units are sharded, and the rest is whole everywhere.
     runs_whole_backbone = True
 
     def sharded_units(self) -> Sequence[nn.Module]:

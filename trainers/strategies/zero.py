@@ -114,23 +114,27 @@ class ZeRO(DeepSpeedStrategy):
         """Keeps what a plain copy of the learned part is made from."""
         self._skeleton = copy.deepcopy(self.task.learned).cpu()
         super().setup(trainer)
-        self._keep_learned_whole()
+        self._keep_whole()
 
-    def _keep_learned_whole(self) -> None:
-        """Under stage 3 the weights that compute are gathered once per update, as DeepSpeed does with small ones.
+    def _keep_whole(self) -> None:
+        """Under stage 3 the weights that learn are gathered once per update, as DeepSpeed does with small ones.
 
         A method may then use them outside the forward of the module that owns them, as losses in chunks do; gradients,
-        masters and moments stay sharded.
+        masters and moments stay sharded.  The same goes for what a backbone has outside its blocks, where a method
+        enters it elsewhere than by calling it.
         """
         if not self.zero_stage_3:
             return
         held = cast(Any, self.optimizers[0]).persistent_parameters
-        learned: list[Any] = list(self.task.learned.parameters())
-        for parameter in learned:
+        wanted: list[Any] = list(self.task.learned.parameters())
+        if not self.task.runs_whole_backbone:
+            sharded = {id(p) for unit in self.task.sharded_units() for p in unit.parameters()}
+            wanted += [p for p in self.task.backbone.parameters() if id(p) not in sharded]
+        for parameter in wanted:
             if not parameter.ds_persist:
                 parameter.ds_persist = True
                 held.append(parameter)
-        learned[0].all_gather(learned)
+        wanted[0].all_gather(wanted)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Autocast around the step, as `bf16-mixed` is elsewhere."""
@@ -192,7 +196,7 @@ class ZeRO(DeepSpeedStrategy):
             flat.data[here].copy_(value.flatten()[there])
         for name, buffer in self.task.learned.named_buffers():
             buffer.copy_(state[f"learned.{name}"])
-        self._keep_learned_whole()
+        self._keep_whole()
 
     @property
     def lightning_restore_optimizer(self) -> bool:
