@@ -18,6 +18,7 @@ from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from trainers import recipes
 from trainers.config import RecipeBase, Section, Text
+from trainers.failures import LOST
 from trainers.fit import composed
 from trainers.run_folder import atomic_write
 from trainers.settings import ConfigError, help_text, validate
@@ -178,13 +179,23 @@ class Submission:
             last += ' "${swept[@]}"'
             if self.recipe.run is not None:
                 last += f' run={shlex.quote(self.recipe.run)}_"$SLURM_ARRAY_TASK_ID"'
-        return "\n".join([*lines, last, ""])
+        return "\n".join([*lines, last, *_WAIT_FOR_SLURM, ""])
 
     @property
     def table(self) -> list[str]:
         """One line for each job of a sweep: its number, what differs, and the name of its run."""
         name = self.recipe.run or "JOB"
         return [f"  {index}: {' '.join(words)}  run={name}_{index}" for index, words in enumerate(self.swept)]
+
+
+# A process may be lost with its node.  SLURM queues the job again when it misses the node, unless the job ended before.
+_WAIT_FOR_SLURM = (
+    "code=$?",
+    f"if [ $code = {LOST} ]; then",
+    '  sleep "$(scontrol show config | awk \'$1 == "SlurmdTimeout" { print $3 + 60 }\')"',
+    "fi",
+    "exit $code",
+)
 
 
 def _option(key: str, value: Any) -> str:
