@@ -139,8 +139,8 @@ def test_stage_3_shards_large_matrices_of_the_backbone_and_learns_the_same(runs:
     assert 0 < furthest(state_of(runs / "wide-3"), state_of(runs / "wide")) < BOUND
     assert furthest(state_of(runs / "wide-rest"), state_of(runs / "wide-3")) == 0
     held = [told(runs, "wide-3", rank) for rank in (0, 1)]
-    # Halves of the matrices, and biases and norms whole beside their halves.
-    assert all(0.5 <= part["held"] / part["whole"] < 0.6 for part in held)
+    # Halves of the large matrices; those of up to 100,000 elements are whole beside their halves, as DeepSpeed has it.
+    assert all(0.5 <= part["held"] / part["whole"] < 0.8 for part in held)
 
 
 def test_updates_of_several_batches_are_those_of_ddp(runs: Path) -> None:
