@@ -155,7 +155,7 @@ def test_unlikelihood_pushes_down_repeated_tokens_the_doubted_ones_most_and_noth
     assert loops.unlikelihood(logits, ids, torch.zeros_like(repeated)) == 0
 
 
-def test_the_phase_against_loops_lowers_their_chance_and_the_anchor_holds_the_rest() -> None:
+def test_the_phase_against_loops_lowers_their_chance_and_the_anchor_holds_the_rest(tmp_path: Path) -> None:
     stream, chances, drifts = tiny_stream(), [], []
     for steps, anchor in ((0, 0.0), (3, 0.0), (3, 100.0)):
         model = build_model(TINY, tiny_tokenizer())
@@ -164,7 +164,7 @@ def test_the_phase_against_loops_lowers_their_chance_and_the_anchor_holds_the_re
         said = torch.tensor(greedy_continuations(model, prompts, 96))
         with torch.no_grad():
             was = model(input_ids=prompts).logits
-        loops.unlearn_loops(model, stream, steps=steps, lr=2e-2, rows=4, anchor=anchor)
+        loops.unlearn_loops(model, stream, tmp_path / "state.pt", steps=steps, lr=2e-2, rows=4, anchor=anchor)
         with torch.no_grad():
             scores = model(input_ids=torch.cat([prompts, said], 1)).logits[:, 95:-1].log_softmax(-1)
             drifts.append(float(loops.divergence(was, model(input_ids=prompts).logits)))

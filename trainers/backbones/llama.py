@@ -85,7 +85,7 @@ def without_loops(material: Material, model: LlamaForCausalLM) -> LlamaForCausal
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     most = _WORSE_AT_MOST * material.quality(model, _WEIGHED).bits_per_byte
     print(f"before the phase against loops: {material.repeats(model)[0]:.1%} repeated", flush=True)
-    after = copy.deepcopy(unlearn_loops(model, material.training).state_dict())
+    after = copy.deepcopy(unlearn_loops(model, material.training, material.state / "loops.pt").state_dict())
     # Between the weights of before and after, quality and loops change gradually (Wortsman et al. 2022).
     for share in (1.0, 0.8, 0.6, 0.4, 0.2, 0.0):
         model.load_state_dict({name: tensor.lerp(after[name], share) for name, tensor in before.items()})

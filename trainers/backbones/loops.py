@@ -8,6 +8,7 @@ and a repeated token weighs as much as the model doubts it, since a sure one is 
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,21 +17,24 @@ from transformers import LlamaForCausalLM
 
 from data.stepped import step_generator
 from data.text import TokenStream, WindowOrder
+from trainers.backbones.language import keep, kept
 from trainers.text_quality import greedy_continuations
 
 _GRAM = 6  # shorter ones are what code really repeats
 _PROMPT, _NEW = 96, 96
+_SAVE_STEPS = 20
 
 
 def unlearn_loops(
     model: LlamaForCausalLM,
     stream: TokenStream,
+    state: Path,
     steps: int = 140,
     lr: float = 2e-4,
     rows: int = 16,
     anchor: float = 4.0,
 ) -> LlamaForCausalLM:
-    """Trains the model in place.
+    """Trains the model in place; a killed run continues from `state`.
 
     Args:
         stream: the text that the model was trained on; prompts are taken from it as well.
@@ -40,7 +44,8 @@ def unlearn_loops(
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
     before = copy.deepcopy(model).requires_grad_(False).eval()
     order = WindowOrder(stream, model.config.max_position_embeddings, batch_size=4, seed=-1)
-    for step in range(steps):
+    done = kept(state, model, [optimizer])[0] if state.is_file() else 0
+    for step in range(done, steps):
         optimizer.param_groups[0]["lr"] = lr * min(1.0, (step + 1) / 5) * (1 - step / steps)
         generator = step_generator("loops", step)
         starts = torch.randint(len(stream) - _PROMPT - _NEW, (rows,), generator=generator)
@@ -49,14 +54,16 @@ def unlearn_loops(
         with torch.autocast("cpu", torch.bfloat16):
             own = model(input_ids=ids, use_cache=False).logits[:, _PROMPT - 1 : -1].float()
             inputs = order.batch(step).model_inputs()
-            kept = divergence(before(**inputs).logits, model(**inputs).logits)
-        loss = anchor * kept + unlikelihood(own, ids[:, _PROMPT:], repeated)
+            drift = divergence(before(**inputs).logits, model(**inputs).logits)
+        loss = anchor * drift + unlikelihood(own, ids[:, _PROMPT:], repeated)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if step % 5 == 0:
-            print(f"loops {step} kept {kept.item():.4f} repeated {float(repeated.float().mean()):.1%}", flush=True)
+            print(f"loops {step} drift {drift.item():.4f} repeated {float(repeated.float().mean()):.1%}", flush=True)
+        if (step + 1) % _SAVE_STEPS == 0:
+            keep(state, model, [optimizer], (step + 1, 0.0, 0))
     return model.eval()
 
 
@@ -87,7 +94,7 @@ def _continued(model: LlamaForCausalLM, stream: TokenStream, starts: Tensor) -> 
 
 
 def _looping(prompt: list[int], new: list[int]) -> list[bool]:
-    """Whether each new token closes an n-gram that the continuation had before; the prompt is at least an n-gram long."""
+    """Whether each new token closes an n-gram of the continuation again; the prompt is at least an n-gram long."""
     seen: set[tuple[int, ...]] = set()
     ids, marks = [*prompt[1 - _GRAM :], *new], []
     for place in range(len(new)):
