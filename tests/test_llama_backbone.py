@@ -138,37 +138,45 @@ def test_repeated_trigrams_are_counted_within_a_sequence() -> None:
     assert repeated_share([[7] * 12]) == 9 / 10
 
 
-def test_unlikelihood_pushes_down_repeated_tokens_and_nothing_else() -> None:
-    logits = torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(0)).requires_grad_()
+def test_unlikelihood_pushes_down_repeated_tokens_the_doubted_ones_most_and_nothing_else() -> None:
+    logits = torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(0))
+    logits[0, 1, 2] = 12.0
+    logits.requires_grad_()
     ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
     repeated = torch.tensor([[False, True, False], [False, False, True]])
     loss = loops.unlikelihood(logits, ids, repeated)
-    chance = logits.softmax(-1)[repeated].gather(1, ids[repeated][:, None])
-    torch.testing.assert_close(loss, -(1 - chance).log().mean())
+    doubt = 1 - logits.softmax(-1)[repeated].gather(1, ids[repeated][:, None]).squeeze(1)
+    torch.testing.assert_close(loss, (-doubt.log() * doubt).sum() / doubt.sum(), rtol=1e-3, atol=1e-3)
     loss.backward()
     assert (logits.grad[~repeated] == 0).all()
-    pushed = logits.grad[repeated] > 0  # descent lowers what has a positive gradient: the repeated token alone
-    assert torch.equal(pushed, torch.nn.functional.one_hot(ids[repeated], 7).bool())
+    pushed = logits.grad[repeated]  # descent lowers what has a positive gradient: the repeated token alone
+    assert torch.equal(pushed > 0, torch.nn.functional.one_hot(ids[repeated], 7).bool())
+    assert pushed[0].max() < 0.01 * pushed[1].max()
     assert loops.unlikelihood(logits, ids, torch.zeros_like(repeated)) == 0
 
 
-def test_the_phase_against_loops_lowers_the_chance_of_what_loops() -> None:
-    stream, chances = tiny_stream(), []
-    for weight in (0.0, 8.0):
+def test_the_phase_against_loops_lowers_their_chance_and_the_anchor_holds_the_rest(tmp_path: Path) -> None:
+    stream, chances, drifts = tiny_stream(), [], []
+    for steps, anchor in ((0, 0.0), (3, 0.0), (3, 100.0)):
         model = build_model(TINY, tiny_tokenizer())
         model.model.embed_tokens.weight.data *= 25  # untrained, it says its last token again and again
         prompts = stream.windows(torch.arange(4), 96).input_ids
         said = torch.tensor(greedy_continuations(model, prompts, 96))
-        loops.unlearn_loops(model, stream, steps=3, lr=2e-2, rows=4, weight=weight)
+        with torch.no_grad():
+            was = model(input_ids=prompts).logits
+        loops.unlearn_loops(model, stream, tmp_path / "state.pt", steps=steps, lr=2e-2, rows=4, anchor=anchor)
         with torch.no_grad():
             scores = model(input_ids=torch.cat([prompts, said], 1)).logits[:, 95:-1].log_softmax(-1)
+            drifts.append(float(loops.divergence(was, model(input_ids=prompts).logits)))
         chances.append(float(scores.gather(2, said[:, :, None]).exp().mean()))
     assert chances[1] < 0.9 * chances[0]
+    assert abs(drifts[0]) < 1e-5 and 0 < drifts[2] < 0.5 * drifts[1]
 
 
-def test_a_token_loops_where_it_closes_four_that_were_said_before() -> None:
-    assert loops._looping([9, 9, 1, 2, 3], [4, 1, 2, 3, 4]) == [False, False, False, False, True]
-    assert loops._looping([1, 2, 3], [4, 4, 4, 4, 4]) == [False, False, False, False, True]
+def test_a_token_loops_where_it_closes_six_that_were_said_before() -> None:
+    said = [1, 2, 3, 4, 5, 6, 1, 2, 3, 4, 5, 6, 9]
+    assert [i for i, mark in enumerate(loops._looping([7] * 5, said)) if mark] == [11]
+    assert [i for i, mark in enumerate(loops._looping([8] * 5, [4] * 8)) if mark] == [6, 7]
 
 
 # The command.

@@ -13,10 +13,8 @@ from checkpoints.load import load_adapter, read_tensors
 from tests import strategy_worker
 from tests.test_strategies import furthest, state_of, told
 from tests.tiny_medusa import save_tiny
-from trainers import recipes
-from trainers.settings import ConfigError
 
-STAGES = ["deepspeed_1", "deepspeed_2"]
+STAGES = ["deepspeed_1", "deepspeed_2", "deepspeed_3", "deepspeed_3_offload"]
 # Four updates of at most 1e-3, whose gradients are summed in another order.
 BOUND = 2e-5
 
@@ -66,8 +64,3 @@ def test_sharded_optimizers_teach_the_same_heads(tmp_path: Path) -> None:
     started(tmp_path, STAGES)
     for stage in STAGES:
         assert_as_ddp(tmp_path, stage)
-
-
-def test_stage_3_is_refused_with_what_to_take_instead() -> None:
-    with pytest.raises(ConfigError, match="fsdp"):
-        recipes.compose_recipe("medusa_vicuna_7b", {"data.path": "x.jsonl", "trainer.strategy": "deepspeed_3"})

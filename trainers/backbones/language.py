@@ -119,7 +119,7 @@ def train(
     """
     torch.set_flush_denormal(True)
     both = optimizers(model, recipe)
-    step, spent, tokens = _kept(state, model, both) if state.is_file() else (0, 0.0, 0)
+    step, spent, tokens = kept(state, model, both) if state.is_file() else (0, 0.0, 0)
     model.train()
     saved, running = spent, 0.0
     while (progress := spent / (60 * recipe.minutes)) < 1:
@@ -138,10 +138,10 @@ def train(
             print(f"{name} {step} loss {running:.4f} {tokens / 1e6:.2f}M tokens {spent / 60:.1f} min", flush=True)
         if spent - saved >= SAVE_SECONDS:
             saved = spent
-            _keep(state, model, both, (step, spent, tokens))
+            keep(state, model, both, (step, spent, tokens))
             print(f"{name} {step} {judge()}", flush=True)
             model.train()
-    _keep(state, model, both, (step, spent, tokens))
+    keep(state, model, both, (step, spent, tokens))
     return model.eval()
 
 
@@ -163,7 +163,8 @@ def _step(
     return total
 
 
-def _keep(state: Path, model: nn.Module, both: list[torch.optim.Optimizer], done: tuple[int, float, int]) -> None:
+def keep(state: Path, model: nn.Module, both: list[torch.optim.Optimizer], done: tuple[int, float, int]) -> None:
+    """Writes what a killed run continues from: weights, optimizers; steps, seconds and tokens so far."""
     content = {
         "model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in both],
         "step": done[0], "spent": done[1], "tokens": done[2],
@@ -171,7 +172,7 @@ def _keep(state: Path, model: nn.Module, both: list[torch.optim.Optimizer], done
     atomic_write(state, lambda file: torch.save(content, file))
 
 
-def _kept(state: Path, model: nn.Module, both: list[torch.optim.Optimizer]) -> tuple[int, float, int]:
+def kept(state: Path, model: nn.Module, both: list[torch.optim.Optimizer]) -> tuple[int, float, int]:
     """Puts the weights and the optimizers back; returns steps, seconds and tokens so far."""
     content = torch.load(state, weights_only=True)
     model.load_state_dict(content["model"])

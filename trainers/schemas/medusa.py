@@ -144,11 +144,6 @@ class Recipe(RecipeBase):
             raise ValueError(
                 "trainer.ema averages the heads alone: set it to 0 where lora.rank trains the backbone too"
             )
-        if self.trainer.strategy.startswith("deepspeed_3"):
-            raise ValueError(
-                "trainer.strategy deepspeed_3 cuts up the output matrix, which drafting reads: set it to fsdp, which "
-                "shards the backbone's layers as well, or to deepspeed_2"
-            )
         if self.lora.heads_first >= self.trainer.max_steps and self.lora.rank:
             raise ValueError(
                 f"lora.heads_first is {self.lora.heads_first}, so LoRA would not train in max_steps updates"

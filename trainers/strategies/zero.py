@@ -131,6 +131,8 @@ class ZeRO(DeepSpeedStrategy):
             sharded = {id(p) for unit in self.task.sharded_units() for p in unit.parameters()}
             wanted += [p for p in self.task.backbone.parameters() if id(p) not in sharded]
         for parameter in wanted:
+            # Off its recorded order of modules, as in generation, DeepSpeed lets go of all but external parameters.
+            parameter.is_external_param = True
             if not parameter.ds_persist:
                 parameter.ds_persist = True
                 held.append(parameter)
