@@ -377,7 +377,7 @@ def test_another_noise_schedule_is_refused_and_leaves_nothing(kind: str, change:
 def test_another_scheduler_class_is_refused_unless_the_adapter_brings_its_own(kind: str) -> None:
     from diffusers import EulerDiscreteScheduler
 
-    from modules.ilf import sampler_entry
+    from modules.guards import sampler_entry
 
     pipe = tiny_pipeline(kind)
     module = noisy_module(ilf_config(pipe), pipe.transformer)

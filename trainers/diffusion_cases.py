@@ -188,10 +188,18 @@ def standard_cases(adapter: Case, probe: Probe, *, full_steps: int = 20, **call:
         full_steps: sampler steps of the baseline and of the untrained members.
         call: goes to every call but the adapter's (guidance_scale ...).
     """
-    driver = probe.driver
-    target, _ = probe.run(adapter)
     baseline = plain_case(full_steps, kind="baseline", **call)
     per_step = round(probe.run(baseline)[0] / full_steps)
+    return [baseline, adapter, *rivals_at(probe.run(adapter)[0], probe, per_step, full_steps, **call)]
+
+
+def rivals_at(target: float, probe: Probe, per_step: int, full_steps: int, **call: Any) -> list[Case]:
+    """The plain sampler with fewer steps and the untrained members, at about `target` executed blocks per image.
+
+    Args:
+        per_step: blocks of one whole step.
+    """
+    driver = probe.driver
     plain = [plain_case(steps, **call) for steps in neighbouring_steps(target, per_step, full_steps)]
     makers: list[Callable[[int, int], Case]] = [
         lambda interval, warmup: hold_case(driver, interval, warmup, full_steps, **call),
@@ -202,7 +210,7 @@ def standard_cases(adapter: Case, probe: Probe, *, full_steps: int = 20, **call:
     untrained.append(
         cheapest_threshold(lambda threshold: first_block_case(driver, threshold, full_steps, **call), probe, target)
     )
-    return [baseline, adapter, *plain, *(case for case in untrained if case is not None)]
+    return [*plain, *(case for case in untrained if case is not None)]
 
 
 def reference_images(
