@@ -27,8 +27,8 @@ from tests.tiny_ilf import (
 from trainers.base import state_hash
 from trainers.callbacks import read_checkpoint
 from trainers.ilf.targets import fad_target, trajectory_target
-from trainers.noise_form import NoisePredictor, image_weights
 from trainers.ilf.task import ILFTask
+from trainers.noise_form import NoisePredictor, image_weights
 from trainers.run_folder import RunFolder
 from trainers.training import build_task, train
 

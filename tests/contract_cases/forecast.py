@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tests.tiny_cache import cache_case
 from tests.contract_cases.interface import ContractCase
+from tests.tiny_cache import cache_case
 from tests.tiny_forecast import save_tiny, tiny_recipe
 from trainers.forecast.task import ForecastTask
 

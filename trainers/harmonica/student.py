@@ -74,8 +74,16 @@ class _Corrected(LinearForecast):
 class Sampler:
     """The pipeline's own sampler with the student, or the teacher, in the network's place."""
 
-    def __init__(self, running: DiffusionDriver, handle: ReuseHandle, config: HarmoniCaConfig) -> None:
+    def __init__(
+        self, running: DiffusionDriver, handle: ReuseHandle, config: HarmoniCaConfig, guidance: float | None = None
+    ) -> None:
+        """`guidance`: another one than the config's; 1 runs without."""
         self.running, self.handle, self.config = running, handle, config
+        self.guidance = config.guidance if guidance is None else guidance
+
+    def unguided(self) -> Sampler:
+        """The same without guidance."""
+        return Sampler(self.running, self.handle, self.config, 1.0)
 
     def scheduler(self) -> Any:
         """A fresh one at the recipe's timesteps."""
@@ -91,7 +99,7 @@ class Sampler:
         shown = scheduler.scale_model_input(latents, timestep)
         with self._student(soft):
             self.handle.clock.pin(step)
-            output = self.running.guided(shown, timestep, conditions, self.config.guidance)
+            output = self.running.guided(shown, timestep, conditions, self.guidance)
         return output.to(latents.dtype)
 
     @contextmanager

@@ -20,6 +20,7 @@ from modules.harmonica import HarmoniCaConfig, RouterTable, attach_masks, module
 from modules.learned_cache import CacheHandle
 from modules.pipelines import Conditions, DiffusionDriver
 from modules.reuse import EveryN
+from modules.solvers import noise_of
 from trainers.cache_task import CacheTask, load_driver, own_runs, sampling_of
 from trainers.harmonica.lambdas import analytic_lambdas, paper_lambdas, telescoping_lambdas
 from trainers.harmonica.student import Row, Sampler, SoftCache
@@ -56,7 +57,7 @@ class Learned(nn.Module):
             self.start_corrections.copy_(torch.stack(list(self.router.corrections)))
 
     def row_at_start(self, step: int) -> Row | None:
-        """A step's row as it was when the trajectory began: it has not been updated before the trajectory reaches it."""
+        """A step's row as it was when the trajectory began, which is what the trajectory meets: it is updated there."""
         if step not in self.router.config.routed:
             return None
         row = self.router.config.routed.index(step)
@@ -139,7 +140,10 @@ class HarmoniCaTask(CacheTask):
             self._refresh(number)
         if self.clean is not None:
             return self._noised_loss(batch.to(self.running.device), self.clean)
-        if self._running is None or (self._running.number, self._running.step) != (number, self.config.routed[position]):
+        if self._running is None or (self._running.number, self._running.step) != (
+            number,
+            self.config.routed[position],
+        ):
             if position == 0:
                 self.learned.note_start()
             self._running = self._begun(number, self.config.routed[position])
@@ -205,7 +209,7 @@ class HarmoniCaTask(CacheTask):
             latents = self.noise.add_noise(clean[index], torch.randn_like(clean[index]), before)
             soft.set_row(None)
             output = guided.output(latents, step - 1, scheduler, conditions, soft)
-            noise = self.noise.noise_in(output, latents, before)
+            noise = noise_of(output, latents, self.noise.alphas[before], self.noise.prediction_type)
             latents = self.noise.ddim(latents, noise, before, here)
             wanted = guided.output(latents, step, scheduler, conditions, None)
         row = self.learned.router(step)
@@ -309,5 +313,8 @@ def build_task(recipe: Recipe) -> HarmoniCaTask:
         runs = own_runs(recipe, running, data.prompts, data.inputs, sampling, keep=[settings.steps])
         pool, clean = runs.conditions, runs.at(settings.steps)
     else:
-        pool, clean = running.encode(training_inputs(recipe.backbone.name, data.prompts, recipe.seed, data.inputs)), None
+        pool, clean = (
+            running.encode(training_inputs(recipe.backbone.name, data.prompts, recipe.seed, data.inputs)),
+            None,
+        )
     return HarmoniCaTask(recipe, running, Learned(RouterTable(config), recipe.objective.beta), pool, clean)

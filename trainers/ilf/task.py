@@ -28,8 +28,8 @@ from trainers.base import FrozenBackboneTask
 from trainers.ilf import schedule
 from trainers.ilf.rollout import Learned, Rollout, SolverRows
 from trainers.ilf.targets import fad_target, trajectory_target
-from trainers.noise_form import NoisePredictor, image_weights
 from trainers.image_quality import psnr_db
+from trainers.noise_form import NoisePredictor, image_weights
 from trainers.schemas.ilf import Recipe
 
 TEACHER_STEPS = 20  # of the sampler that the sample grids and reports take as the un-accelerated one

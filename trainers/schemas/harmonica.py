@@ -91,6 +91,8 @@ class Recipe(RecipeBase):
             raise ValueError(f"a share of {wrong[0]:g} must be below 1 and at least {lowest:g}, as much {what}")
         if objective.kind == "l2c" and objective.lambda_mode != "none":
             raise ValueError("objective.lambda_mode weighs the steps of a trajectory: set it to none for l2c")
+        if self.trainer.accumulate_grad_batches > 1:
+            raise ValueError("trainer.accumulate_grad_batches must be 1: an update is one step of a trajectory")
         if self.evaluation.prompts is None:
             self.evaluation.prompts = self.data.prompts
         return self
