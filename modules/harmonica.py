@@ -35,7 +35,8 @@ class HarmoniCaConfig:
 
     Attributes:
         units: qualified names of what is routed, in the order of the table's columns.
-        granularity: what a unit is: "submodule" (attention and feed-forward, as published) or "block".
+        granularity: what a unit is: "submodule" (attention and feed-forward, as published), "block", or "model", a
+            whole step.
         routed: the steps that have a row; all others compute everything.  The first step never has one.
         reuse_op: what a reused unit returns: its last output ("hold", as published), Newton extrapolation ("taylor1",
             "taylor2"), or a learned forecast ("linear").
@@ -64,6 +65,16 @@ class HarmoniCaConfig:
             raise ValueError(f"routed is {self.routed}: it must rise within 1 .. {len(self.timesteps) - 1}")
 
     @property
+    def sees_inputs(self) -> bool:
+        """Whether the learned forecast looks at units' inputs too: where they are the sampler's latents."""
+        return self.reuse_op == "linear" and self.granularity == "model"
+
+    @property
+    def weights(self) -> int:
+        """W, how many weights the learned forecast has per step and unit."""
+        return 2 * self.history + 1 if self.sees_inputs else self.history
+
+    @property
     def sampling(self) -> Sampling:
         """What the numbers hold for."""
         return Sampling(timesteps=self.timesteps, guidance=self.guidance, sampler=self.sampler, call=self.call)
@@ -72,23 +83,23 @@ class HarmoniCaConfig:
 class RouterTable(nn.Module):
     """Independent scores r = sigmoid(logit) for every routed step and unit.
 
-    Shapes: R routed steps in sampling order, N units, H history.
+    Shapes: R routed steps in sampling order, N units, W weights: H of outputs, newest first, then those of inputs.
     Attributes:
         logits: R rows [N], a parameter each, so that an update of one step leaves the others and their moments alone.
-        corrections: with reuse_op "linear", R tensors [N, H]: what the forecast's weights differ by from Taylor-1's.
+        corrections: with reuse_op "linear", R tensors [N, W]: what the forecast's weights differ by from Taylor-1's.
     """
 
     def __init__(self, config: HarmoniCaConfig, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.config = config
-        units, shape = len(config.units), (len(config.units), config.history)
+        units, shape = len(config.units), (len(config.units), config.weights)
         start = [torch.randn(units, generator=generator).clamp(-BOUND, BOUND) for _ in config.routed]
         self.logits = nn.ParameterList([nn.Parameter(row) for row in start])
         linear = config.routed if config.reuse_op == "linear" else []
         self.corrections = nn.ParameterList([nn.Parameter(torch.zeros(shape)) for _ in linear])
 
     def forward(self, step: int) -> tuple[Tensor, Tensor | None]:
-        """Scores [N] of a routed step, and its corrections [N, H] if there are any."""
+        """Scores [N] of a routed step, and its corrections [N, W] if there are any."""
         row = self.config.routed.index(step)
         return self.logits[row].sigmoid(), self.corrections[row] if len(self.corrections) else None
 
@@ -125,27 +136,28 @@ class RouterTable(nn.Module):
         return mask.view_as(scores)
 
     def forecast_weights(self, mask: Tensor) -> Tensor:
-        """The learned forecast's weights [T, N, H] under a mask: Taylor-1 at the steps computed before, corrected."""
+        """The learned forecast's weights [T, N, W] under a mask: Taylor-1 at the steps computed before, corrected."""
         config = self.config
-        weights = torch.zeros(*mask.shape, config.history)
+        weights = torch.zeros(*mask.shape, config.weights)
         for unit in range(mask.shape[1]):
             before: list[int] = []
             for step, computed in enumerate(mask[:, unit].tolist()):
                 if computed:
                     before = [step, *before][: config.history]
                 elif before:
-                    weights[step, unit] = torch.tensor(taylor_weights(step, before, config.history))
+                    weights[step, unit, : config.history] = torch.tensor(taylor_weights(step, before, config.history))
         for row, step in enumerate(config.routed if len(self.corrections) else []):
             weights[step] += self.corrections[row].detach().cpu()
         return weights
 
 
-def predictor_of(reuse_op: str, weights: Tensor | None = None) -> Callable[[], Predictor]:
-    """What stands in for reused units; `weights` [T, N, H] are the learned forecast's."""
+def predictor_of(reuse_op: str, weights: Tensor | None = None, history: int = 3) -> Callable[[], Predictor]:
+    """What stands in for reused units; `weights` [T, N, W] are the learned forecast's, those of outputs first."""
     if reuse_op == "linear":
         if weights is None:
             raise ValueError("reuse_op is 'linear', which needs the forecast's weights")
-        return lambda: LinearForecast(weights)
+        outputs, inputs = weights[..., :history], weights[..., history:]
+        return lambda: LinearForecast(outputs, inputs if inputs.shape[2] else None)
     return Hold if reuse_op == "hold" else lambda: Taylor(int(reuse_op[-1]))
 
 
@@ -159,11 +171,12 @@ def operating_points(config: HarmoniCaConfig, masks: Tensor, weights: Tensor | N
 
     Args:
         masks: [P, T, N] bool.
-        weights: [P, T, N, H] of the learned forecast, or None.
+        weights: [P, T, N, W] of the learned forecast, or None.
     """
+    each = [None] * len(masks) if weights is None else list(weights)
     return [
-        OperatingPoint(mask, predictor_of(config.reuse_op, None if weights is None else weights[point]))
-        for point, mask in enumerate(masks)
+        OperatingPoint(mask, predictor_of(config.reuse_op, own, config.history))
+        for mask, own in zip(masks, each, strict=True)
     ]
 
 

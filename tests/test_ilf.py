@@ -340,7 +340,7 @@ def test_another_number_of_steps_is_refused(kind: str, solver: bool) -> None:
         ilf_config(driver.pipe, solver=solver_entry(driver.pipe, 4) if solver else None), driver.transformer
     )
     with attach(driver.pipe, manifest_of(module, driver.transformer), tensors_of(module)) as handle:
-        words = "fitted for 4 steps" if solver else "trained for timesteps"
+        words = "fitted for 4 steps" if solver else "trained for 4 steps at timesteps"
         with pytest.raises(ValueError, match=words):
             driver.generate(INPUTS[kind][:1], SEEDS[:1], **{**handle.call_kwargs, "num_inference_steps": 5})
         driver.generate(INPUTS[kind][:1], SEEDS[:1], **handle.call_kwargs)

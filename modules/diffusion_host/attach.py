@@ -34,7 +34,7 @@ class _Unit:
 class Student(Protocol):
     """What training puts between a unit and the rest of the model, see `ReuseHandle.student`."""
 
-    def blend(self, unit: int, step: int, outputs: Features) -> Features:
+    def blend(self, unit: int, step: int, inputs: Features, outputs: Features) -> Features:
         """What the model goes on with in place of the computed outputs of a unit."""
 
 
@@ -140,7 +140,7 @@ class ReuseHandle(Handle):
             return output
         outputs = streams.unpack(output)
         if self.student is not None:
-            return streams.pack(self.student.blend(unit.index, self.clock.step, outputs), kwargs)
+            return streams.pack(self.student.blend(unit.index, self.clock.step, unit.inputs, outputs), kwargs)
         if unit.kept:
             self.predictor.observe(unit.index, self.clock.step, unit.inputs, outputs)
         else:

@@ -62,7 +62,8 @@ class Fitter:
         walk, history, known = self.walk, self.walk.history, len(state.outputs)
         nothing = walk.probe(state, step, torch.zeros_like(state.latents))
         newest = state.outputs[0]
-        gain = float(((walk.probe(state, step, newest) - nothing) * newest).sum() / newest.square().sum())
+        change = (walk.probe(state, step, newest) - nothing)[: self.fitted]
+        gain = float((change * newest[: self.fitted]).sum() / newest[: self.fitted].square().sum())
         wanted = (walk.runs.at(step + 1) - nothing) / gain
         features = [*state.outputs, walk.shown(state, step), *state.inputs]
         prior = torch.zeros(len(features), dtype=torch.float64)
@@ -90,6 +91,17 @@ def late_steps(count: int, steps: int) -> list[int]:
 def mask_of(computed: Sequence[int], steps: int) -> list[bool]:
     """One flag per step."""
     return [step in computed for step in range(steps)]
+
+
+def image_error(fitter: Fitter) -> Callable[[Tensor], float]:
+    """Mean squared error of the images of those runs that nothing is fitted on."""
+    running, runs, first = fitter.walk.driver, fitter.walk.runs, fitter.fitted
+    wanted = running.decode(runs.at(len(runs.timesteps))[first:])
+
+    def error(final: Tensor) -> float:
+        return float((running.decode(final[first:]) - wanted).square().mean())
+
+    return error
 
 
 def search_steps(

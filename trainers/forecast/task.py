@@ -14,7 +14,7 @@ from modules.learned_cache import CacheHandle
 from modules.pipelines import DiffusionDriver
 from trainers.cache_task import CacheTask, load_driver, own_runs, sampling_of
 from trainers.forecast.budget import steps_for_speedup
-from trainers.forecast.fitting import Fitter, even_steps, late_steps, mask_of, search_steps
+from trainers.forecast.fitting import Fitter, even_steps, image_error, late_steps, mask_of, search_steps
 from trainers.forecast.walk import Walk
 from trainers.schemas.forecast import Recipe
 
@@ -99,18 +99,11 @@ def _computed(recipe: Recipe, running: DiffusionDriver, runs: Trajectories, coun
         return settings.computed
     if settings.computed == "even":
         return [even_steps(count, settings.steps) for count in counts]
-    searched = runs.select(torch.arange(few))
-    wanted = running.decode(searched.at(settings.steps)[few // 2 :])
-
-    def judge(final: Tensor) -> float:
-        off = running.decode(final[few // 2 :]) - wanted
-        return float(off.square().mean())
-
-    walk = Walk(running, searched, settings.guidance, settings.history)
     found = []
     for count in counts:
-        fitter = Fitter(walk, few // 2, recipe.objective.ridge)
         start = late_steps(count, settings.steps)
-        found.append(search_steps(fitter, judge, start, recipe.objective.rounds)[0])
+        searched = runs.select(torch.arange(few))
+        fitter = Fitter(Walk(running, searched, settings.guidance, settings.history), few // 2, recipe.objective.ridge)
+        found.append(search_steps(fitter, image_error(fitter), start, recipe.objective.rounds)[0])
         print(f"computed steps at {count} of {settings.steps}: {found[-1]}")
     return found

@@ -16,7 +16,7 @@ from modules.linear_forecast import LinearForecast, Weights, taylor_weights
 from modules.pipelines import Conditions, DiffusionDriver
 
 Row = tuple[Tensor, Tensor | None]
-"""Scores [N] of a step, and the learned forecast's corrections [N, H] or None."""
+"""Scores [N] of a step, and the learned forecast's corrections [N, W] or None."""
 Table = Callable[[int], Row | None]
 """The rows by step; None computes everything."""
 
@@ -31,7 +31,7 @@ class SoftCache:
         self.tau = config.tau
         self.predictor: Predictor
         if config.reuse_op == "linear":
-            self.predictor = self._forecast = _Corrected(len(config.timesteps), len(config.units), config.history)
+            self.predictor = self._forecast = _Corrected(config)
         else:
             self.predictor, self._forecast = predictor_of(config.reuse_op)(), None
         self._scores: Tensor | None = None
@@ -44,15 +44,15 @@ class SoftCache:
         if self._forecast is not None:
             self._forecast.corrections = corrections
 
-    def blend(self, unit: int, step: int, outputs: Features) -> Features:
+    def blend(self, unit: int, step: int, inputs: Features, outputs: Features) -> Features:
         """See `Student`."""
         computed, result = outputs[0], outputs
         if self._scores is not None:
             score = self._scores[unit].to(computed.dtype)
-            reused = self.predictor.predict(unit, step, ())
+            reused = self.predictor.predict(unit, step, inputs)
             result = tuple(score * a + (1 - score) * b for a, b in zip(outputs, reused, strict=True))
         if self._scores is None or self._computes[unit]:
-            self.predictor.observe(unit, step, (), tuple(output.detach() for output in outputs))
+            self.predictor.observe(unit, step, inputs, tuple(output.detach() for output in outputs))
         return result
 
 
@@ -61,14 +61,17 @@ class _Corrected(LinearForecast):
 
     corrections: Tensor | None = None
 
-    def __init__(self, steps: int, units: int, history: int) -> None:
-        super().__init__(torch.zeros(steps, units, history))
+    def __init__(self, config: HarmoniCaConfig) -> None:
+        steps, units, history = len(config.timesteps), len(config.units), config.history
+        inputs = torch.zeros(steps, units, history + 1) if config.sees_inputs else None
+        super().__init__(torch.zeros(steps, units, history), inputs)
 
     def weights(self, step: int, unit: int, steps: Sequence[int]) -> tuple[Weights, Weights]:
         taylor = taylor_weights(step, steps, self.history)
         if self.corrections is None:
             return taylor, []
-        return torch.tensor(taylor, device=self.corrections.device) + self.corrections[unit], []
+        outputs, inputs = self.corrections[unit][: self.history], self.corrections[unit][self.history :]
+        return torch.tensor(taylor, device=outputs.device) + outputs, inputs
 
 
 class Sampler:

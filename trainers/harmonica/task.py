@@ -23,6 +23,7 @@ from modules.reuse import EveryN
 from modules.solvers import noise_of
 from trainers.cache_task import CacheTask, load_driver, own_runs, sampling_of
 from trainers.harmonica.lambdas import analytic_lambdas, paper_lambdas, telescoping_lambdas
+from trainers.harmonica.refit import Refit
 from trainers.harmonica.student import Row, Sampler, SoftCache
 from trainers.noise_form import NoisePredictor
 from trainers.schemas.harmonica import Recipe
@@ -95,11 +96,17 @@ class HarmoniCaTask(CacheTask):
     may_leave_unused = True  # an update is one row's
 
     def __init__(
-        self, recipe: Recipe, running: DiffusionDriver, learned: Learned, conditions: Conditions, clean: Tensor | None
+        self,
+        recipe: Recipe,
+        running: DiffusionDriver,
+        learned: Learned,
+        conditions: Conditions,
+        clean: Tensor | None = None,
+        refit: Refit | None = None,
     ) -> None:
         config = learned.router.config
         super().__init__(recipe, running, learned, config.sampling, recipe.data.prompts)
-        self.settings, self.pool, self.clean = recipe, conditions, clean
+        self.settings, self.pool, self.clean, self.refit = recipe, conditions, clean, refit
         self.config, self.noise = config, NoisePredictor(running)
         self._attach()
         self._running: Trajectory | None = None
@@ -183,6 +190,7 @@ class HarmoniCaTask(CacheTask):
         at.soft.set_row(row)
         output = self.sampler.output(at.latents, step, at.scheduler, at.conditions, at.soft)
         loss = self._loss(step, row[0], (output - wanted).square().mean())
+        at.soft.set_row(None)  # which has a graph, and would outlive the update
         self._advance(at, output)
         if step == len(self.config.timesteps) - 1:
             self._running = None
@@ -256,16 +264,19 @@ class HarmoniCaTask(CacheTask):
         first = router.mask() if target is None else router.mask_at(target)
         return torch.stack([first, *(router.mask_at(share) for share in self.settings.module.compute)])
 
-    def _forecast_weights(self, masks: Tensor) -> Tensor | None:
-        router = cast(Learned, self.exported).router
+    def points(self) -> tuple[Tensor, Tensor | None]:
+        """What is exported: masks (fitted anew where the recipe says so), and the forecast's weights [P, T, N, W]."""
+        router, masks = cast(Learned, self.exported).router, self.masks()
+        if self.refit is not None:
+            with self.without_hooks():
+                return self.refit(masks)
         if self.config.reuse_op != "linear":
-            return None
-        return torch.stack([router.forecast_weights(mask) for mask in masks])
+            return masks, None
+        return masks, torch.stack([router.forecast_weights(mask) for mask in masks])
 
     def attach_exported(self) -> CacheHandle:
         """See `CacheTask`."""
-        masks = self.masks()
-        return attach_masks(self.running.pipe, self.config, masks, self._forecast_weights(masks))
+        return attach_masks(self.running.pipe, self.config, *self.points())
 
     def adapter_target(self) -> Any:
         """The pipeline, without the hooks of training."""
@@ -278,9 +289,9 @@ class HarmoniCaTask(CacheTask):
 
     def adapter_tensors(self) -> dict[str, Tensor]:
         """The logits, what each operating point computes, and the forecast's weights there."""
-        router, masks = cast(Learned, self.exported).router, self.masks()
+        router, (masks, weights) = cast(Learned, self.exported).router, self.points()
         tensors = {"router.logits": torch.stack([row.detach().cpu() for row in router.logits]), "router.masks": masks}
-        if (weights := self._forecast_weights(masks)) is not None:
+        if weights is not None:
             tensors["forecast.weights"] = weights
         return tensors
 
@@ -317,4 +328,8 @@ def build_task(recipe: Recipe) -> HarmoniCaTask:
             running.encode(training_inputs(recipe.backbone.name, data.prompts, recipe.seed, data.inputs)),
             None,
         )
-    return HarmoniCaTask(recipe, running, Learned(RouterTable(config), recipe.objective.beta), pool, clean)
+    refit = None
+    if recipe.objective.refit:
+        runs = own_runs(recipe, running, data.prompts, data.recorded, sampling)
+        refit = Refit(running, runs, config, recipe.objective.ridge, data.searched, recipe.objective.polish)
+    return HarmoniCaTask(recipe, running, Learned(RouterTable(config), recipe.objective.beta), pool, clean, refit)

@@ -14,8 +14,8 @@ class Module(Section):
 
     steps: PositiveInt = Field(default=20, description="sampler steps")
     guidance: float = Field(default=3.0, ge=1, description="classifier-free guidance it is made for; 1 is without")
-    granularity: Literal["submodule", "block"] = Field(
-        default="submodule", description="what is routed: attention and feed-forward outputs, or whole blocks"
+    granularity: Literal["submodule", "block", "model"] = Field(
+        default="submodule", description="what is routed: attention and feed-forward outputs, blocks, or whole steps"
     )
     reuse_op: Literal["hold", "taylor1", "taylor2", "linear"] = Field(
         default="hold",
@@ -34,6 +34,8 @@ class Data(Section):
     prompts: str | None = Field(default=None, description="text file, one prompt a line; null takes the backbone's own")
     inputs: PositiveInt = Field(default=256, description="prompts or labels that are drawn from; l2c: recorded samples")
     batch_size: PositiveInt = Field(default=8, description="images per trajectory and device")
+    recorded: int = Field(default=192, ge=4, description="objective.refit: full runs that the forecast is fitted on")
+    searched: int = Field(default=64, ge=4, description="objective.polish: of them, those that are searched on")
     drop_condition: float = Field(default=0.1, ge=0, le=1, description="l2c: share of samples without condition")
 
 
@@ -66,6 +68,15 @@ class Objective(Section):
     polarize: float = Field(
         default=0.0, ge=0, description="weight of sum r (1 - r) in the last fifth of training, times beta"
     )
+    refit: bool = Field(
+        default=False,
+        description="whole steps with reuse_op linear: fit the forecast anew, in closed form on the student's own "
+        "states, to the steps that the router chose",
+    )
+    polish: int = Field(
+        default=0, ge=0, description="refit: sweeps in which the router's steps may still move by one or two"
+    )
+    ridge: float = Field(default=1e-7, gt=0, description="refit: pull towards first-order Taylor")
     forecast_lr: float = Field(
         default=0.1, gt=0, description="learning rate of the learned forecast, times optimizer.lr"
     )
@@ -89,6 +100,12 @@ class Recipe(RecipeBase):
         if wrong := [share for share in shares if not lowest - 1e-9 <= share < 1]:
             what = "as steps that are not routed" if objective.kind == "l2c" else "as the first step"
             raise ValueError(f"a share of {wrong[0]:g} must be below 1 and at least {lowest:g}, as much {what}")
+        if objective.refit and not (self.module.granularity == "model" and self.module.reuse_op == "linear"):
+            raise ValueError("objective.refit needs module.granularity model and module.reuse_op linear")
+        if objective.polish and not objective.refit:
+            raise ValueError("objective.polish moves the steps of a forecast that is fitted anew: set objective.refit")
+        if self.data.searched > self.data.recorded:
+            raise ValueError(f"data.searched is {self.data.searched}, more than data.recorded, {self.data.recorded}")
         if objective.kind == "l2c" and objective.lambda_mode != "none":
             raise ValueError("objective.lambda_mode weighs the steps of a trajectory: set it to none for l2c")
         if self.trainer.accumulate_grad_batches > 1:
