@@ -15,7 +15,7 @@ class Module(Section):
     steps: PositiveInt = Field(default=20, description="sampler steps")
     guidance: float = Field(default=3.0, ge=1, description="classifier-free guidance it is made for; 1 is without")
     compute: list[float] = Field(
-        default=[0.5, 0.65, 0.35, 0.25],
+        default=[0.5, 0.35, 0.65],
         min_length=1,
         description="operating points as shares of the steps that are computed; the first is the one that is "
         "attached and measured first",
