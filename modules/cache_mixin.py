@@ -71,6 +71,11 @@ class LearnedCacheMixin(CacheMixin):  # type: ignore[misc]
         finally:
             self._inside_context = False
 
+    def _reset_stateful_cache(self, recurse: bool = True) -> None:
+        # Pipelines call this after every run; without hooks it would leave an empty registry behind.
+        if hasattr(self, "_diffusers_hook"):
+            cast(Any, super())._reset_stateful_cache(recurse)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The class's own, inside a cache context where one of the library's caches needs one."""
         if self._inside_context or not self.is_cache_enabled:

@@ -28,16 +28,22 @@ from trainers.harmonica.student import Row, Sampler, SoftCache
 from trainers.noise_form import NoisePredictor
 from trainers.schemas.harmonica import Recipe
 
+_DAMPING = 20.0
+"""Trajectories that a change of the computed share is looked ahead by: scores move by steps of fixed size, so that a
+pure integral overshoots by half of the table."""
+
 
 class Learned(nn.Module):
     """The table, and what a run that goes on must know besides.
 
-    Buffers: `lambdas` [R], the steps' weights; `beta` [1]; `start` and `start_corrections`, the table's rows when the
-    running trajectory began, from which its first steps can be walked again.
+    Buffers: `lambdas` [R], the steps' weights; `beta` [1], and `computed` [1], the share that it was set by; `start`
+    and `start_corrections`, the table's rows when the running trajectory began, from which its first steps can be
+    walked again.
     """
 
     lambdas: Tensor
     beta: Tensor
+    computed: Tensor
     start: Tensor
     start_corrections: Tensor
 
@@ -46,6 +52,7 @@ class Learned(nn.Module):
         self.router = router
         self.register_buffer("lambdas", torch.ones(len(router.logits)))
         self.register_buffer("beta", torch.tensor([beta]))
+        self.register_buffer("computed", torch.zeros(1))
         self.register_buffer("start", torch.stack([row.detach() for row in router.logits]))
         if len(router.corrections):
             self.register_buffer("start_corrections", torch.stack([row.detach() for row in router.corrections]))
@@ -115,11 +122,16 @@ class HarmoniCaTask(CacheTask):
         predictor = predictor_of("hold")()  # never asked while training: the student stands before it
         self.reuse = attach_reuse(self.running.transformer, EveryN(1), predictor, self.config.granularity)
         self.sampler = Sampler(self.running, self.reuse, self.config)
+        self._attached = True
 
     @contextmanager
     def without_hooks(self) -> Iterator[None]:
-        """See `CacheTask`."""
+        """See `CacheTask`; may be nested."""
+        if not self._attached:
+            yield
+            return
         self.reuse.detach()
+        self._attached = False
         try:
             yield
         finally:
@@ -229,11 +241,13 @@ class HarmoniCaTask(CacheTask):
 
     @torch.no_grad()
     def _follow_budget(self, number: int) -> None:
-        """Dual ascent: beta rises while more is computed than asked for."""
+        """Dual ascent: beta rises while more is computed than asked for, and less the faster that falls already."""
         compute = float(self.learned.router.mask().float().mean())
         objective = self.settings.objective
         if objective.target_compute is not None and number:
-            self.learned.beta *= math.exp(objective.beta_rate * (compute - objective.target_compute))
+            excess, change = compute - objective.target_compute, compute - float(self.learned.computed)
+            self.learned.beta *= math.exp(objective.beta_rate * (excess + _DAMPING * change))
+        self.learned.computed.fill_(compute)
         self.note(compute=torch.tensor(compute), beta=self.learned.beta[0])
 
     @torch.no_grad()

@@ -63,7 +63,7 @@ class Objective(Section):
         "leaves beta alone and lets tau decide",
     )
     beta_rate: float = Field(
-        default=0.5, gt=0, description="how fast beta follows: beta *= exp(rate * excess) per trajectory"
+        default=0.5, gt=0, description="how fast beta follows: beta *= exp(rate * excess) per trajectory, damped"
     )
     polarize: float = Field(
         default=0.0, ge=0, description="weight of sum r (1 - r) in the last fifth of training, times beta"
