@@ -237,6 +237,7 @@ def test_a_recipe_whose_parts_disagree_is_refused(changes: dict[str, str], words
         tiny_recipe("dit", RECIPE, **changes)
 
 
+@pytest.mark.slow
 def test_the_table_adds_no_graph_break(kind: str) -> None:
     """Under torch.compile a step breaks where the clock counts it, and nowhere else, reused units or not."""
     model = tiny_pipeline(kind).transformer
