@@ -64,6 +64,7 @@ class CacheHandle(Handle):
         """Raises ValueError where the pipeline's sampler, or the transformer, is not what the points were made for."""
         super().__init__()
         self.sampling, self.points, self.default = sampling, list(points), default
+        self.granularity = granularity
         first = points[default]
         pipe = None if isinstance(target, nn.Module) else target
         if pipe is not None:

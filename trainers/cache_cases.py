@@ -18,7 +18,7 @@ from data.stepped import derive_seed
 from modules.contracts import Predictor
 from modules.learned_cache import CacheHandle
 from modules.pipelines import DiffusionDriver
-from modules.reuse import Hold, StepTable
+from modules.reuse import Hold, StepTable, Taylor
 from modules.sites import block_stack
 from trainers.config import EvaluateConfig
 from trainers.diffusion_cases import Probe, plain_case, reference_images, reuse_case, rivals_at
@@ -69,12 +69,20 @@ def cache_setup(driver: DiffusionDriver, adapter: Path, config: EvaluateConfig) 
 def learned_cache_cases(
     name: str, attach: Callable[[], CacheHandle], probe: Probe, steps: int, **call: Any
 ) -> list[Case]:
-    """Baseline, the adapter at each operating point (the one it attaches with first), and the rivals of each."""
+    """Baseline, the adapter at each operating point (the one it attaches with first), and the rivals of each.
+
+    The untrained members of its family at its own table tell what the table and what the forecast is worth.
+    """
     with attach() as handle:
-        shares = sorted(handle.shares, key=lambda share: (share != handle.points[handle.default].compute, -share))
+        first, granularity = handle.points[handle.default], handle.granularity
+        shares = sorted(handle.shares, key=lambda share: (share != first.compute, -share))
     baseline = plain_case(steps, kind="baseline", **call)
     per_step = round(probe.run(baseline)[0] / steps)
-    own = [point_case(f"{name} {share:.0%}", attach, share) for share in shares]
+    # Points that differ by less than a percent are one row.
+    titles: dict[str, float] = {}
+    for share in shares:
+        titles.setdefault(f"{name} {share:.0%}", share)
+    own = [point_case(title, attach, share) for title, share in titles.items()]
     rivals: dict[str, Case] = {}
     schedule = _dp_schedules(probe, steps, call)
     for case in own:
@@ -82,7 +90,35 @@ def learned_cache_cases(
         found = rivals_at(work, probe, per_step, steps, **call)
         found.append(dp_case(probe.driver, schedule, work / per_step, **call))
         rivals.update({rival.name: rival for rival in found})
-    return [baseline, *own, *rivals.values()]
+    family = [
+        reuse_case(
+            probe.driver,
+            f"its own table, {op}",
+            "",
+            lambda make=make: (StepTable(first.table), make()),  # type: ignore[misc]
+            granularity,
+            steps,
+            kind="peer",
+            **call,
+        )
+        for op, make in _FAMILY.items()
+        if op != own_op(first.predictor())
+    ]
+    return [baseline, *own, *family, *rivals.values()]
+
+
+_FAMILY: dict[str, Callable[[], Predictor]] = {
+    "hold": Hold,
+    "Taylor 1": lambda: Taylor(1),
+    "Taylor 2": lambda: Taylor(2),
+}
+
+
+def own_op(predictor: Predictor) -> str:
+    """What an adapter's own predictor is called among its family; a learned one is none of the others."""
+    if isinstance(predictor, Taylor):
+        return f"Taylor {predictor.order}"
+    return "hold" if isinstance(predictor, Hold) else "learned"
 
 
 def point_case(name: str, attach: Callable[[], CacheHandle], compute: float) -> Case:

@@ -92,6 +92,8 @@ def reuse_case(
     members: Callable[[], tuple[Selector, Predictor]],
     granularity: Granularity,
     steps: int,
+    *,
+    kind: Kind = "untrained",
     **call: Any,
 ) -> Case:
     """The backbone at `steps` steps with untrained members skipping part of its work."""
@@ -101,7 +103,7 @@ def reuse_case(
         with attach_reuse(driver.pipe, *members(), granularity=granularity) as handle:
             yield {"num_inference_steps": steps, **call, **handle.call_kwargs}
 
-    return Case(name=name, kind="untrained", group=group, enter=enter)
+    return Case(name=name, kind=kind, group=group, enter=enter)
 
 
 def hold_case(driver: DiffusionDriver, interval: int, warmup: int, steps: int, **call: Any) -> Case:
