@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from modules.contracts import Handle
 
-__all__ = ["__version__", "load_adapter"]
+__all__ = ["__version__", "cacheable", "load_adapter"]
 __version__ = "0.1.0"
 
 
@@ -28,3 +28,19 @@ def load_adapter(target: Any, adapter: str | Path, *, revision: str | None = Non
     from checkpoints.load import load_adapter as load  # torch is loaded when an adapter is, not by this import
 
     return load(target, adapter, revision=revision)
+
+
+def cacheable(target: Any) -> Handle:
+    """Give a pipeline's transformer diffusers' `enable_cache`, which also takes an adapter, and what belongs to it.
+
+    For classes that lack diffusers' `CacheMixin` (DiT, PixArt).  The library's own configurations work there too.
+
+    Args:
+        target: a diffusers pipeline, or its transformer.
+    Returns:
+        a handle whose `detach` gives the transformer its own class back.
+    """
+    from checkpoints.load import load_adapter as load
+    from modules.cache_mixin import make_cacheable
+
+    return make_cacheable(target, load)

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     from modules.decode_host.draft import Draft, DraftState
 
-Granularity: TypeAlias = Literal["block", "submodule", "span"]
-GRANULARITIES: tuple[Granularity, ...] = ("block", "submodule", "span")
+Granularity: TypeAlias = Literal["block", "submodule", "span", "model"]
+GRANULARITIES: tuple[Granularity, ...] = ("block", "submodule", "span", "model")
 Features: TypeAlias = tuple[Tensor, ...]
 
 
@@ -74,9 +74,14 @@ class Selector(ABC):
 
 
 class Predictor(ABC):
-    """Stands in for units that are not computed.  State is kept per (`context`, unit), see `Selector.context`."""
+    """Stands in for units that are not computed.  State is kept per (`context`, unit), see `Selector.context`.
+
+    `history` is how many of a unit's last observations a prediction uses: the host frees a slot that no later
+    prediction of the trajectory needs.
+    """
 
     context: str | None = None
+    history: int = 1
 
     @property
     def granularities(self) -> tuple[Granularity, ...]:
@@ -94,6 +99,10 @@ class Predictor(ABC):
     @abstractmethod
     def predict(self, unit: int, step: int, inputs: Features) -> Features:
         """The outputs that stand in for the unit's, same shapes and dtypes as those observed."""
+
+    @abstractmethod
+    def release(self, unit: int) -> None:
+        """Forgets one unit and frees what was kept of it."""
 
     @abstractmethod
     def reset(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
@@ -70,3 +70,46 @@ class GuidanceGuard:
             vars(self.scheduler).pop("step", None)
         else:
             self.scheduler.step = self._before
+
+
+_NOISE_SCHEDULE = ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps", "prediction_type")
+_SOLVER = (
+    "algorithm_type",
+    "solver_order",
+    "solver_type",
+    "timestep_spacing",
+    "final_sigmas_type",
+    "use_karras_sigmas",
+    "lower_order_final",
+    "thresholding",
+    "clip_sample",
+    "set_alpha_to_one",
+)
+
+
+def sampler_entry(scheduler: Any, whole: bool) -> dict[str, Any]:
+    """What a pipeline's scheduler must agree with: its noise schedule, and with `whole` its class and solver too."""
+    names = [*_NOISE_SCHEDULE, *(_SOLVER if whole else ())]
+    kept = {name: scheduler.config[name] for name in names if name in scheduler.config}
+    return {**({"class": type(scheduler).__name__} if whole else {}), **kept}
+
+
+def check_sampler(made: dict[str, Any], scheduler: Any) -> None:
+    """Raises ValueError where a scheduler differs from a `sampler_entry`, naming what differs."""
+    for name, value in made.items():
+        here = type(scheduler).__name__ if name == "class" else scheduler.config.get(name)
+        if here != value:
+            raise ValueError(
+                f"this adapter was trained for a scheduler with {name} {value!r} and the pipeline's has {here!r}: "
+                "give the pipeline the scheduler it came with"
+            )
+
+
+def check_timesteps(made: Sequence[int], clock: StepClock) -> None:
+    """Raises ValueError where a trajectory that begins has other timesteps; a clock that knows none is let pass."""
+    here = [int(t) for t in clock.timesteps]
+    if here and here != list(made):
+        raise ValueError(
+            f"this adapter was trained for {len(made)} steps at timesteps {list(made)} but the scheduler runs "
+            f"{len(here)} at {here}: call the pipeline with **handle.call_kwargs"
+        )

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from modules.contracts import AdapterEntry, Handle
 from modules.diffusion_host import StepClock
 from modules.diffusion_host.hooks import add_hook, remove_hook, unique_name
-from modules.guards import GuidanceGuard
+from modules.guards import GuidanceGuard, check_sampler, check_timesteps
 from modules.sites import block_stack, find_transformer
 from modules.solvers import LearnedMultistepScheduler, SolverTable
 from modules.timestep_swap import TimestepSwap
@@ -187,7 +187,7 @@ class ILFHandle(Handle):
         if self._pipe is None:
             self.clock.begin(len(self.config.timesteps))
             return
-        _check_sampler(self.config, self._pipe.scheduler)
+        check_sampler(self.config.sampler, self._pipe.scheduler)
         if self.config.solver is not None:
             self._replaced, self._pipe.scheduler = self._pipe.scheduler, LearnedMultistepScheduler(**self.config.solver)
         self._guard = GuidanceGuard(self._pipe, self.clock, self.config.guidance)
@@ -241,12 +241,7 @@ class ILFHandle(Handle):
         self.clock.detach()
 
     def _check_schedule(self) -> None:
-        here = [int(t) for t in self.clock.timesteps]
-        if here and here != self.config.timesteps:
-            raise ValueError(
-                f"this ILF adapter was trained for timesteps {self.config.timesteps} but the scheduler runs {here}: "
-                "call the pipeline with **handle.call_kwargs"
-            )
+        check_timesteps(self.config.timesteps, self.clock)
 
 
 class _Enter(ModelHook):  # type: ignore[misc]
@@ -301,38 +296,6 @@ def attach(target: Any, manifest: AdapterEntry, tensors: dict[str, Tensor]) -> I
 def module_entry(config: ILFConfig | SolverTable) -> dict[str, Any]:
     """The config as JSON values, for the manifest."""
     return asdict(config)
-
-
-def sampler_entry(scheduler: Any, whole: bool) -> dict[str, Any]:
-    """What a pipeline's scheduler must agree with: its noise schedule, and with `whole` its class and solver too."""
-    names = [*_NOISE_SCHEDULE, *(_SOLVER if whole else ())]
-    kept = {name: scheduler.config[name] for name in names if name in scheduler.config}
-    return {**({"class": type(scheduler).__name__} if whole else {}), **kept}
-
-
-_NOISE_SCHEDULE = ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps", "prediction_type")
-_SOLVER = (
-    "algorithm_type",
-    "solver_order",
-    "solver_type",
-    "timestep_spacing",
-    "final_sigmas_type",
-    "use_karras_sigmas",
-    "lower_order_final",
-    "thresholding",
-    "clip_sample",
-    "set_alpha_to_one",
-)
-
-
-def _check_sampler(config: ILFConfig, scheduler: Any) -> None:
-    for name, made in config.sampler.items():
-        here = type(scheduler).__name__ if name == "class" else scheduler.config.get(name)
-        if here != made:
-            raise ValueError(
-                f"this ILF adapter was trained for a scheduler with {name} {made!r} and the pipeline's has {here!r}: "
-                "give the pipeline the scheduler it came with"
-            )
 
 
 def clean_copy(block: nn.Module) -> nn.Module:

@@ -134,13 +134,17 @@ class Hold(Predictor):
         """The kept outputs."""
         return self._kept[self.context, unit]
 
+    def release(self, unit: int) -> None:
+        """Frees one slot."""
+        self._kept.pop((self.context, unit), None)
+
     def reset(self) -> None:
         """Frees all slots."""
         self._kept.clear()
 
     def memory_bytes(self) -> int:
         """Bytes of all slots."""
-        return _bytes([tensor for kept in self._kept.values() for tensor in kept])
+        return stored_bytes([tensor for kept in self._kept.values() for tensor in kept])
 
 
 class Delta(Hold):
@@ -198,6 +202,7 @@ class Taylor(Predictor):
         if feature not in ("output", "residual"):
             raise ValueError(f"feature is {feature!r}: use 'output' or 'residual'")
         self.order, self.form, self.dtype, self.feature = order, form, dtype, feature
+        self.history = order + 1
         self._slots: dict[tuple[str | None, int], _Expansion] = {}
 
     @property
@@ -253,13 +258,17 @@ class Taylor(Predictor):
             return [(step - steps[0]) ** order / math.factorial(order) for order in range(len(steps))]
         return [float(math.prod(step - node for node in steps[:order])) for order in range(len(steps))]
 
+    def release(self, unit: int) -> None:
+        """Frees one slot."""
+        self._slots.pop((self.context, unit), None)
+
     def reset(self) -> None:
         """Frees all slots."""
         self._slots.clear()
 
     def memory_bytes(self) -> int:
         """Bytes of all differences."""
-        return _bytes([x for slot in self._slots.values() for factors in slot.factors for x in factors])
+        return stored_bytes([x for slot in self._slots.values() for factors in slot.factors for x in factors])
 
 
 def _minus(outputs: Features, inputs: Features) -> Features:
@@ -270,7 +279,8 @@ def _plus(inputs: Features, residuals: Features) -> Features:
     return tuple(given + residual for given, residual in zip(inputs, residuals, strict=True))
 
 
-def _bytes(tensors: list[Tensor]) -> int:
+def stored_bytes(tensors: list[Tensor]) -> int:
+    """Bytes that these tensors hold on to."""
     # Whole storages, once each: a view keeps all of the tensor that it looks at.
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())

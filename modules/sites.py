@@ -46,11 +46,27 @@ class Streams:
             return (output[self.hidden_output],)
         return (output[self.hidden_output], output[self.encoder_output])
 
-    def pack(self, streams: Features) -> Any:
-        """The inverse of `unpack`: what the block would have returned."""
+    def pack(self, streams: Features, kwargs: dict[str, Any]) -> Any:
+        """The inverse of `unpack`: what the block would have returned to a call with these arguments."""
         if self.encoder_output is None:
             return streams[0]
         return streams if self.hidden_output < self.encoder_output else streams[::-1]
+
+
+class ModelStreams(Streams):
+    """A whole transformer as one unit: latents in, the prediction out, in the form that the call asked for."""
+
+    def pack(self, streams: Features, kwargs: dict[str, Any]) -> Any:
+        """A tuple, or the library's output class."""
+        if not kwargs.get("return_dict", True):
+            return streams
+        from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+        return cast(Any, Transformer2DModelOutput)(sample=streams[0])
+
+    def unpack(self, output: Any) -> Features:
+        """The prediction."""
+        return (output[0],)
 
 
 def _streams(block: type[nn.Module]) -> Streams:

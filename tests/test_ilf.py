@@ -340,7 +340,7 @@ def test_another_number_of_steps_is_refused(kind: str, solver: bool) -> None:
         ilf_config(driver.pipe, solver=solver_entry(driver.pipe, 4) if solver else None), driver.transformer
     )
     with attach(driver.pipe, manifest_of(module, driver.transformer), tensors_of(module)) as handle:
-        words = "fitted for 4 steps" if solver else "trained for timesteps"
+        words = "fitted for 4 steps" if solver else "trained for 4 steps at timesteps"
         with pytest.raises(ValueError, match=words):
             driver.generate(INPUTS[kind][:1], SEEDS[:1], **{**handle.call_kwargs, "num_inference_steps": 5})
         driver.generate(INPUTS[kind][:1], SEEDS[:1], **handle.call_kwargs)
@@ -377,7 +377,7 @@ def test_another_noise_schedule_is_refused_and_leaves_nothing(kind: str, change:
 def test_another_scheduler_class_is_refused_unless_the_adapter_brings_its_own(kind: str) -> None:
     from diffusers import EulerDiscreteScheduler
 
-    from modules.ilf import sampler_entry
+    from modules.guards import sampler_entry
 
     pipe = tiny_pipeline(kind)
     module = noisy_module(ilf_config(pipe), pipe.transformer)

@@ -26,8 +26,9 @@ from tests.tiny_ilf import (
 )
 from trainers.base import state_hash
 from trainers.callbacks import read_checkpoint
-from trainers.ilf.targets import NoisePredictor, fad_target, image_weights, trajectory_target
+from trainers.ilf.targets import fad_target, trajectory_target
 from trainers.ilf.task import ILFTask
+from trainers.noise_form import NoisePredictor, image_weights
 from trainers.run_folder import RunFolder
 from trainers.training import build_task, train
 

@@ -70,7 +70,7 @@ def test_an_unknown_recipe_names_the_nearest_and_how_to_list_them() -> None:
 
 def test_an_unknown_method_names_the_files_it_needs() -> None:
     (sentence,) = problems("ilf_pixart", method="medua")
-    assert "not one of ilf" in sentence and "trainers/schemas/medua.py" in sentence
+    assert "not one of forecast" in sentence and "trainers/schemas/medua.py" in sentence
 
 
 def test_sections_are_checked_for_agreement() -> None:

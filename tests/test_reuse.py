@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from modules.contracts import Predictor
 from modules.diffusion_host import WorkCounter, attach_reuse
+from modules.diffusion_host.attach import kept_steps
 from modules.reuse import Delta, EveryN, FirstBlockTest, Hold, StepTable, Taylor
 from modules.sites import block_stack
 from tests.tiny import denoise, generate, tiny_pipeline, tiny_transformer
@@ -129,7 +130,7 @@ def test_equality_holds_inside_a_pipeline_with_guidance(kind: str) -> None:
 # ---- neutral settings and budgets
 
 
-@pytest.mark.parametrize("granularity", ["block", "submodule", "span"])
+@pytest.mark.parametrize("granularity", ["block", "submodule", "span", "model"])
 @pytest.mark.parametrize("selector", [EveryN(1), StepTable([True] * 6)], ids=["every", "table"])
 @pytest.mark.parametrize("predictor", [Hold, lambda: Taylor(2)], ids=["hold", "taylor"])
 def test_computing_everything_is_the_plain_model(kind: str, granularity: Any, selector: Any, predictor: Any) -> None:
@@ -340,3 +341,41 @@ def test_what_is_kept_carries_no_graph(predictor: Predictor) -> None:
 def test_wrong_settings_name_what_is_allowed(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("history", [1, 2, 3])
+def test_slots_are_kept_exactly_while_a_later_prediction_needs_them(history: int) -> None:
+    """Against a walk forward that marks, at every skipped step, the steps that its last values are of."""
+    generator = torch.Generator().manual_seed(history)
+    for _ in range(20):
+        computed = (torch.rand(9, 2, generator=generator) < 0.5).tolist()
+        want = [[False, False] for _ in computed]
+        for unit in range(2):
+            for skipped in (step for step in range(9) if not computed[step][unit]):
+                used = [step for step in range(skipped) if computed[step][unit]][-history:]
+                for step in range(used[0] if used else 0, skipped):
+                    # The newest value is needed up to the prediction, an older one until it is pushed out.
+                    newer = sum(computed[s][unit] for s in range(step + 1, skipped))
+                    want[step][unit] |= newer < history
+        found = kept_steps(computed, history)
+        for unit in range(2):
+            # Before its first computed step a slot is empty, needed or not.
+            first = next((step for step in range(9) if computed[step][unit]), 9)
+            assert [row[unit] for row in found[first:]] == [row[unit] for row in want[first:]]
+
+
+@pytest.mark.parametrize("kind_of_slot", [Hold, lambda: Taylor(2)], ids=["hold", "taylor"])
+def test_freeing_slots_early_changes_no_output(kind: str, kind_of_slot: Any) -> None:
+    table = torch.rand(8, 12, generator=torch.Generator().manual_seed(1)) < 0.5
+    table[0] = True
+    units = 12 if kind == "pixart" else 8
+    outputs, peaks = [], []
+    for steps in (None, 8):  # a trajectory of unknown length keeps everything
+        model = tiny_transformer(kind)
+        with attach_reuse(model, StepTable(table[:, :units]), kind_of_slot(), "submodule") as handle:
+            handle.watches_memory = True
+            handle.clock.begin(steps)
+            outputs.append(denoise(model, kind, 8))
+            peaks.append(handle.peak_bytes)
+            assert (handle.memory_bytes() == 0) == (steps == 8)
+    assert all(map(torch.equal, *outputs)) and peaks[1] < peaks[0]

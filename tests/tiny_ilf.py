@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from checkpoints.manifest import Manifest, describe, fingerprint
 from modules import pipelines
-from modules.ilf import ILFConfig, ILFModule, module_entry, sampler_entry
+from modules.guards import sampler_entry
+from modules.ilf import ILFConfig, ILFModule, module_entry
 from modules.pipelines import DiffusionDriver, DiTDriver, PixArtDriver
 from modules.solvers import dpm_solver_table
 from tests.tiny import PIXART_CALL, tiny_pipeline

@@ -92,6 +92,8 @@ def reuse_case(
     members: Callable[[], tuple[Selector, Predictor]],
     granularity: Granularity,
     steps: int,
+    *,
+    kind: Kind = "untrained",
     **call: Any,
 ) -> Case:
     """The backbone at `steps` steps with untrained members skipping part of its work."""
@@ -101,7 +103,7 @@ def reuse_case(
         with attach_reuse(driver.pipe, *members(), granularity=granularity) as handle:
             yield {"num_inference_steps": steps, **call, **handle.call_kwargs}
 
-    return Case(name=name, kind="untrained", group=group, enter=enter)
+    return Case(name=name, kind=kind, group=group, enter=enter)
 
 
 def hold_case(driver: DiffusionDriver, interval: int, warmup: int, steps: int, **call: Any) -> Case:
@@ -188,10 +190,18 @@ def standard_cases(adapter: Case, probe: Probe, *, full_steps: int = 20, **call:
         full_steps: sampler steps of the baseline and of the untrained members.
         call: goes to every call but the adapter's (guidance_scale ...).
     """
-    driver = probe.driver
-    target, _ = probe.run(adapter)
     baseline = plain_case(full_steps, kind="baseline", **call)
     per_step = round(probe.run(baseline)[0] / full_steps)
+    return [baseline, adapter, *rivals_at(probe.run(adapter)[0], probe, per_step, full_steps, **call)]
+
+
+def rivals_at(target: float, probe: Probe, per_step: int, full_steps: int, **call: Any) -> list[Case]:
+    """The plain sampler with fewer steps and the untrained members, at about `target` executed blocks per image.
+
+    Args:
+        per_step: blocks of one whole step.
+    """
+    driver = probe.driver
     plain = [plain_case(steps, **call) for steps in neighbouring_steps(target, per_step, full_steps)]
     makers: list[Callable[[int, int], Case]] = [
         lambda interval, warmup: hold_case(driver, interval, warmup, full_steps, **call),
@@ -202,7 +212,7 @@ def standard_cases(adapter: Case, probe: Probe, *, full_steps: int = 20, **call:
     untrained.append(
         cheapest_threshold(lambda threshold: first_block_case(driver, threshold, full_steps, **call), probe, target)
     )
-    return [baseline, adapter, *plain, *(case for case in untrained if case is not None)]
+    return [*plain, *(case for case in untrained if case is not None)]
 
 
 def reference_images(

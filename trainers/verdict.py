@@ -23,11 +23,17 @@ def equal_latency_verdict(rows: Sequence[Row], metric: str = "psnr_db") -> dict[
     Returns:
         None without an adapter row; else `adapter`, `metric`, `value`, `latency_s`, `rivals` (each with `margin`,
         positive where the adapter is closer, `closer` and `faster`), `unmatched` (groups with no row as slow as the
-        adapter) and `wins`: closer than every listed rival, and no group unmatched.
+        adapter) and `wins`: closer than every listed rival, and no group unmatched.  Further adapter rows are operating
+        points of the same adapter: `points` has a verdict for each of them.
     """
-    adapter = next((row for row in rows if row.kind == "adapter"), None)
-    if adapter is None or metric not in adapter.quality:
+    adapters = [row for row in rows if row.kind == "adapter"]
+    if not adapters or metric not in adapters[0].quality:
         return None
+    verdict, *points = [_verdict_of(adapter, rows, metric) for adapter in adapters]
+    return {**verdict, "points": points} if points else verdict
+
+
+def _verdict_of(adapter: Row, rows: Sequence[Row], metric: str) -> dict[str, Any]:
     groups: dict[str, list[Row]] = {}
     for row in rows:
         if row.kind in ("untrained", "plain", "peer") and metric in row.quality:
@@ -133,7 +139,7 @@ def verdict_text(verdict: dict[str, Any] | None) -> str:
         sentences.append("It is closer to the reference than every rival at equal or higher latency.")
     elif lost := [rival["name"] for rival in verdict["rivals"] if not rival["closer"]]:
         sentences.append(f"**It loses to {', '.join(lost)}: use that instead.**")
-    return " ".join(sentences)
+    return "\n\n".join([" ".join(sentences), *map(verdict_text, verdict.get("points", []))])
 
 
 def _rival_sentence(rival: dict[str, Any], unit: str) -> str:

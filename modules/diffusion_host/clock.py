@@ -51,9 +51,9 @@ class StepClock(Handle):
             self._scheduler = self._pipe.scheduler
             _listen(self._scheduler, self._read_timesteps)
 
-    def on_begin(self, callback: Callable[[], None]) -> None:
+    def on_begin(self, callback: Callable[[], None], first: bool = False) -> None:
         """Calls back when a trajectory begins, and when features kept so far no longer fit the input's shape."""
-        self._on_begin.append(callback)
+        self._on_begin.insert(0 if first else len(self._on_begin), callback)
 
     def on_step(self, callback: Callable[[], None]) -> None:
         """Calls back before each forward, with `step` and `context` set."""

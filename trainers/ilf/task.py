@@ -19,15 +19,17 @@ from checkpoints.save import write_adapter
 from data.inputs import held_out_inputs, training_inputs
 from data.stepped import derive_seed
 from data.trajectories import Trajectories, record_trajectories
-from modules.ilf import ILFConfig, ILFHandle, ILFModule, attach_module, centred_span, module_entry, sampler_entry
+from modules.guards import sampler_entry
+from modules.ilf import ILFConfig, ILFHandle, ILFModule, attach_module, centred_span, module_entry
 from modules.pipelines import Conditions, DiffusionDriver, driver, load_pipeline
 from modules.sites import block_stack
 from modules.solvers import SolverTable
 from trainers.base import FrozenBackboneTask
 from trainers.ilf import schedule
 from trainers.ilf.rollout import Learned, Rollout, SolverRows
-from trainers.ilf.targets import NoisePredictor, fad_target, image_weights, trajectory_target
+from trainers.ilf.targets import fad_target, trajectory_target
 from trainers.image_quality import psnr_db
+from trainers.noise_form import NoisePredictor, image_weights
 from trainers.schemas.ilf import Recipe
 
 TEACHER_STEPS = 20  # of the sampler that the sample grids and reports take as the un-accelerated one

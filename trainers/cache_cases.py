@@ -1,0 +1,193 @@
+"""What a learned cache is measured against: every operating point beside the rivals at its work."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from checkpoints.load import method_module, read_tensors
+from checkpoints.manifest import check_valid_for, read_manifest
+from data.inputs import accuracy_of, held_out_inputs
+from data.stepped import derive_seed
+from modules.contracts import Predictor
+from modules.learned_cache import CacheHandle
+from modules.pipelines import DiffusionDriver
+from modules.reuse import Hold, StepTable, Taylor
+from modules.sites import block_stack
+from trainers.config import EvaluateConfig
+from trainers.diffusion_cases import Probe, plain_case, reference_images, reuse_case, rivals_at
+from trainers.evaluation import IMAGE_QUALITY, EvaluationSetup
+from trainers.report import QualityFn
+from trainers.rows import Case
+
+_DP_INPUTS = 8
+
+
+def cache_setup(driver: DiffusionDriver, adapter: Path, config: EvaluateConfig) -> EvaluationSetup:
+    """The full run, every operating point of the adapter, and at each of them the plain sampler and untrained reuse.
+
+    The reference is the full run itself: a cache is asked to repeat it.
+
+    Raises:
+        AdapterError: the adapter is not for this backbone.
+    """
+    manifest, tensors = read_manifest(adapter), read_tensors(adapter)
+    check_valid_for(manifest, driver.transformer)
+    settings, name = config.evaluation, manifest.base_model_name_or_path
+    inputs = held_out_inputs(name, settings.prompts, settings.seed, settings.inputs)
+    seeds = [derive_seed(settings.seed, "image", i) for i in range(len(inputs))]
+    steps, guidance = len(manifest.module["timesteps"]), {"guidance_scale": manifest.module["guidance"]}
+    reference = reference_images(driver, inputs, seeds, steps, settings.batch_size, **guidance)
+    timed = min(settings.timing_batch, len(inputs))
+    probe = Probe(driver=driver, inputs=inputs[:timed], seeds=seeds[:timed], reference=reference[:timed])
+
+    def attach() -> CacheHandle:
+        handle: CacheHandle = method_module(manifest.method).attach(driver.pipe, manifest, tensors)
+        return handle
+
+    cases = learned_cache_cases(manifest.method, attach, probe, steps, **guidance)
+    quality: dict[str, QualityFn] = dict(IMAGE_QUALITY)
+    if (accuracy := accuracy_of(name)) is not None:
+        quality["accuracy"] = lambda images, _, asked: accuracy(images, list(asked))
+    return EvaluationSetup(
+        cases=cases,
+        inputs=inputs,
+        seeds=seeds,
+        reference=reference,
+        reference_text=f"{steps} steps of {type(driver.pipe.scheduler).__name__} from the same noise",
+        quality=quality,
+        timing_batch=timed,
+    )
+
+
+def learned_cache_cases(
+    name: str, attach: Callable[[], CacheHandle], probe: Probe, steps: int, **call: Any
+) -> list[Case]:
+    """Baseline, the adapter at each operating point (the one it attaches with first), and the rivals of each.
+
+    The untrained members of its family at its own table tell what the table and what the forecast is worth.
+    """
+    with attach() as handle:
+        first, granularity = handle.points[handle.default], handle.granularity
+        shares = sorted(handle.shares, key=lambda share: (share != first.compute, -share))
+    baseline = plain_case(steps, kind="baseline", **call)
+    per_step = round(probe.run(baseline)[0] / steps)
+    # Points that differ by less than a percent are one row.
+    titles: dict[str, float] = {}
+    for share in shares:
+        titles.setdefault(f"{name} {share:.0%}", share)
+    own = [point_case(title, attach, share) for title, share in titles.items()]
+    rivals: dict[str, Case] = {}
+    schedule = _dp_schedules(probe, steps, call)
+    for case in own:
+        work = probe.run(case)[0]
+        found = rivals_at(work, probe, per_step, steps, **call)
+        found.append(dp_case(probe.driver, schedule, work / per_step, **call))
+        rivals.update({rival.name: rival for rival in found})
+    family = [
+        reuse_case(
+            probe.driver,
+            f"its own table, {op}",
+            "",
+            lambda make=make: (StepTable(first.table), make()),  # type: ignore[misc]
+            granularity,
+            steps,
+            kind="peer",
+            **call,
+        )
+        for op, make in _FAMILY.items()
+        if op != own_op(first.predictor())
+    ]
+    return [baseline, *own, *family, *rivals.values()]
+
+
+_FAMILY: dict[str, Callable[[], Predictor]] = {
+    "hold": Hold,
+    "Taylor 1": lambda: Taylor(1),
+    "Taylor 2": lambda: Taylor(2),
+}
+
+
+def own_op(predictor: Predictor) -> str:
+    """What an adapter's own predictor is called among its family; a learned one is none of the others."""
+    if isinstance(predictor, Taylor):
+        return f"Taylor {predictor.order}"
+    return "hold" if isinstance(predictor, Hold) else "learned"
+
+
+def point_case(name: str, attach: Callable[[], CacheHandle], compute: float) -> Case:
+    """An adapter at one of its operating points."""
+
+    @contextmanager
+    def enter() -> Iterator[dict[str, Any]]:
+        with attach() as handle:
+            handle.use(compute)
+            yield handle.call_kwargs
+
+    return Case(name=name, kind="adapter", enter=enter)
+
+
+# CacheQuant's schedule.
+
+
+def dp_segments(distances: Tensor, count: int) -> list[int]:
+    """Where each of `count` segments of the steps begins, so that features change least within segments.
+
+    Source: CacheQuant (Liu et al. 2025), which sums the L1 distances of a segment's features to its first one and
+    minimises over all segmentations by dynamic programming.
+
+    Args:
+        distances: [T, T], of the features of steps; entry [s, t] is read for s <= t.
+    """
+    steps = len(distances)
+    inside = [[0.0] * (steps + 1) for _ in range(steps)]  # cost of the segment s .. e-1
+    for start in range(steps):
+        for end in range(start + 1, steps + 1):
+            inside[start][end] = inside[start][end - 1] + float(distances[start, end - 1])
+    best = [(inside[0][end], [0]) for end in range(steps + 1)]
+    for segments in range(2, count + 1):
+        best = [
+            min(
+                ((best[cut][0] + inside[cut][end], [*best[cut][1], cut]) for cut in range(segments - 1, end)),
+                default=(float("inf"), []),
+            )
+            for end in range(steps + 1)
+        ]
+    return best[steps][1]
+
+
+@torch.no_grad()
+def _dp_schedules(probe: Probe, steps: int, call: dict[str, Any]) -> Tensor:
+    """Distances [T, T] between the last block's outputs over the steps of a full run, on the first probe inputs."""
+    driver, features = probe.driver, list[Tensor]()
+    block = block_stack(driver.transformer).blocks[-1]
+
+    def keep(module: Any, args: Any, output: Any) -> None:
+        features.append((output if isinstance(output, Tensor) else output[0]).detach().float())
+
+    remover = block.register_forward_hook(keep)
+    try:
+        inputs, seeds = list(probe.inputs[:_DP_INPUTS]), list(probe.seeds[:_DP_INPUTS])
+        driver.generate(inputs, seeds, num_inference_steps=steps, **call)
+    finally:
+        remover.remove()
+    return torch.stack([torch.stack([(b - a).abs().mean() for b in features]) for a in features])
+
+
+def dp_case(driver: DiffusionDriver, distances: Tensor, computed: float, **call: Any) -> Case:
+    """CacheQuant's schedule with at least `computed` full steps, outputs of attention and feed-forward held between."""
+    steps = len(distances)
+    count = min(steps, max(1, math.ceil(computed - 1e-9)))
+    table = [step in set(dp_segments(distances, count)) for step in range(steps)]
+
+    def members() -> tuple[StepTable, Predictor]:
+        return StepTable(table), Hold()
+
+    name = f"DP schedule, {count} of {steps}"
+    return reuse_case(driver, name, "DP schedule", members, "submodule", steps, **call)

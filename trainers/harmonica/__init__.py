@@ -1,0 +1,6 @@
+"""Training and measuring HarmoniCa's router (docs/methods/harmonica.md).  Start reading at task.py."""
+
+from trainers.cache_cases import cache_setup as evaluation_setup
+from trainers.harmonica.task import HarmoniCaTask, build_task
+
+__all__ = ["HarmoniCaTask", "build_task", "evaluation_setup"]

@@ -1,0 +1,51 @@
+"""Whole steps: the forecast fitted anew, in closed form, to the steps that the router chose."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from data.trajectories import Trajectories
+from modules.harmonica import HarmoniCaConfig
+from modules.pipelines import DiffusionDriver
+from trainers.forecast.fitting import Fitter, image_error, mask_of, search_steps
+from trainers.forecast.walk import Walk
+
+
+class Refit:
+    """Masks of whole steps -> the same, or with steps moved a little, and the forecast's weights for them.
+
+    What was fitted before is remembered, since sampling and export ask for the same masks.
+    """
+
+    def __init__(
+        self,
+        running: DiffusionDriver,
+        runs: Trajectories,
+        config: HarmoniCaConfig,
+        ridge: float,
+        searched: int,
+        polish: int,
+    ) -> None:
+        self.config, self.ridge, self.searched, self.polish = config, ridge, searched, polish
+        self.walk = Walk(running, runs, config.guidance, config.history)
+        few = runs.select(torch.arange(searched))
+        self.short = Walk(running, few, config.guidance, config.history)
+        self._known: dict[tuple[bool, ...], tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, masks: Tensor) -> tuple[Tensor, Tensor]:
+        """Masks [P, T, 1] and weights [P, T, 1, W]."""
+        parts = [self._fitted(tuple(mask.flatten().tolist())) for mask in masks]
+        return torch.stack([mask for mask, _ in parts]), torch.stack([weights for _, weights in parts])
+
+    def _fitted(self, router: tuple[bool, ...]) -> tuple[Tensor, Tensor]:
+        if router not in self._known:
+            mask = list(router)
+            if self.polish:
+                fitter = Fitter(self.short, self.searched // 2, self.ridge)
+                start = [step for step, computed in enumerate(mask) if computed]
+                found, _ = search_steps(fitter, image_error(fitter), start, self.polish)
+                mask = mask_of(found, len(mask))
+            outputs, inputs, _ = Fitter(self.walk, strength=self.ridge).fit(mask)
+            self._known[router] = (torch.tensor(mask)[:, None], torch.cat([outputs, inputs], dim=1)[:, None])
+        return self._known[router]
