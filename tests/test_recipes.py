@@ -46,7 +46,7 @@ def test_a_recipe_extends_shipped_ones_from_any_folder(tmp_path) -> None:
         ("trainer.max_steps", "many", "trainer.max_steps is 'many', expected an integer > 0"),
         ("trainer.max_steps", "true", "trainer.max_steps is true, expected an integer > 0"),
         ("trainer.devices", "two", "trainer.devices is 'two', expected an integer > 0 or auto"),
-        ("optimizer.schedule", "cosin", "optimizer.schedule is 'cosin', expected one of cosine, constant"),
+        ("optimizer.schedule", "cosin", "optimizer.schedule is 'cosin', expected one of cosine, linear, constant"),
         ("evaluate", "maybe", "evaluate is 'maybe', expected true or false"),
         ("optimizer.betas", "[0.9]", "optimizer.betas is [0.9], expected a list of 2 numbers"),
         ("seed", "[1", "seed=[1 cannot be read: put quotes inside, as 'seed=\"[1\"', or close brackets"),

@@ -1,0 +1,168 @@
+"""The units that a cache layer holds: keys and values as a codec stores them, and what is known of each unit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+NOT_TEXT = -(2**30)
+"""Position of a unit that only fills a row up."""
+
+
+@dataclass(frozen=True)
+class HeadGroup:
+    """KV heads of one layer that are stored with the same widths.
+
+    heads: their numbers.
+    key_basis: [h, d, r_K], orthonormal columns; None stores keys as they are.
+    value_basis: [h, d, r_V]; None stores values as they are.
+    value_mean: [h, d], taken off before projecting and put back after.
+    """
+
+    heads: tuple[int, ...]
+    key_basis: Tensor | None = None
+    value_basis: Tensor | None = None
+    value_mean: Tensor | None = None
+
+    def encode(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """All heads' [B, H, T, d] to this group's [B, h, T, r_K] and [B, h, T, r_V]."""
+        rows = list(self.heads)
+        if rows != list(range(keys.shape[1])):
+            keys, values = keys[:, rows], values[:, rows]
+        if self.value_mean is not None:
+            values = values - self.value_mean[:, None].to(values.dtype)
+        return _project(keys, self.key_basis), _project(values, self.value_basis)
+
+    def decode(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """What is left of them at full width."""
+        return _expand(keys, self.key_basis), self.restore(values)
+
+    def restore(self, values: Tensor) -> Tensor:
+        """Values, or averages of values, [B, h, T, r_V] at full width."""
+        values = _expand(values, self.value_basis)
+        return values if self.value_mean is None else values + self.value_mean[:, None].to(values.dtype)
+
+
+def _project(states: Tensor, basis: Tensor | None) -> Tensor:
+    return states if basis is None else states @ basis.to(states.dtype)
+
+
+def _expand(states: Tensor, basis: Tensor | None) -> Tensor:
+    return states if basis is None else states @ basis.to(states.dtype).transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class Units:
+    """N units of each of H heads.
+
+    parts: by group, keys [B, h, N, r_K] and values [B, h, N, r_V].
+    scores: [B, H, N], the selector's; None where it keeps none.
+    positions: int32 [B, H, N], each unit's place in its text, NOT_TEXT for filling; None where nobody asks.
+    """
+
+    parts: tuple[tuple[Tensor, Tensor], ...]
+    scores: Tensor | None = None
+    positions: Tensor | None = None
+
+    def __len__(self) -> int:
+        return int(self.parts[0][0].shape[2])
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that is stored."""
+        extra = [tensor for tensor in (self.scores, self.positions) if tensor is not None]
+        return [tensor for part in self.parts for tensor in part] + extra
+
+    def memory_bytes(self) -> int:
+        """Bytes of the storages behind the tensors."""
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors())
+
+    def _each(self, groups: Sequence[HeadGroup], change: Callable[[Tensor, Sequence[int] | None], Tensor]) -> Self:
+        parts = tuple(
+            (change(keys, group.heads), change(values, group.heads))
+            for group, (keys, values) in zip(groups, self.parts, strict=True)
+        )
+        scores, positions = (None if t is None else change(t, None) for t in (self.scores, self.positions))
+        return replace(self, parts=parts, scores=scores, positions=positions)
+
+    def rows(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The same change along the batch of every tensor."""
+        return self._each([HeadGroup(())] * len(self.parts), lambda tensor, _: change(tensor))
+
+    def joined(self, new: Units) -> Units:
+        """These units, then the new ones."""
+        pairs = zip(self.parts, new.parts, strict=True)
+        parts = tuple((torch.cat([k, kn], dim=2), torch.cat([v, vn], dim=2)) for (k, v), (kn, vn) in pairs)
+        scores, positions = (
+            None if one is None or other is None else torch.cat([one, other], dim=2)
+            for one, other in ((self.scores, new.scores), (self.positions, new.positions))
+        )
+        return Units(parts, scores, positions)
+
+    def picked(self, index: Tensor, groups: Sequence[HeadGroup]) -> Units:
+        """Units [B, H, k] by their numbers, in that order, in storages of their own."""
+
+        def pick(tensor: Tensor, heads: Sequence[int] | None) -> Tensor:
+            chosen = index if heads is None else index[:, list(heads)]
+            if tensor.dim() == 4:
+                return tensor.gather(2, chosen[..., None].expand(-1, -1, -1, tensor.shape[3]))
+            return tensor.gather(2, chosen)
+
+        return self._each(groups, pick)
+
+    def replaced(self, leaving: Tensor, new: Units, coming: Tensor, groups: Sequence[HeadGroup]) -> Units:
+        """Writes new units over those that leave, in place: as many come as leave, in every head.
+
+        Args:
+            leaving: bool [B, H, N].  coming: bool [B, H, T], of the new units.
+        """
+
+        def write(old: Tensor, fresh: Tensor, heads: Sequence[int] | None) -> None:
+            rows = slice(None) if heads is None else list(heads)
+            old[leaving[:, rows]] = fresh[coming[:, rows]]
+
+        for group, (keys, values), (new_keys, new_values) in zip(groups, self.parts, new.parts, strict=True):
+            write(keys, new_keys, group.heads)
+            write(values, new_values, group.heads)
+        for mine, theirs in ((self.scores, new.scores), (self.positions, new.positions)):
+            if mine is not None and theirs is not None:
+                write(mine, theirs, None)
+        return self
+
+
+def attend(query: Tensor, units: Units, groups: Sequence[HeadGroup], visible: Tensor | None, scaling: float) -> Tensor:
+    """Attention in the stored coordinates, at really the stored widths.
+
+    The query heads of a KV head are rows of one product, so keys and values are never repeated.
+
+    Args:
+        query: [B, H_q, T, d].
+        visible: bool [B or 1, H or 1, T, N]; None where every query sees every unit.
+    Returns:
+        [B, T, H_q, d].
+    """
+    batch, query_heads, tokens, size = query.shape
+    heads = sum(len(group.heads) for group in groups)
+    share = query_heads // heads
+    packed = query.view(batch, heads, share, tokens, size)
+    outputs, order = [], []
+    for group, (keys, values) in zip(groups, units.parts, strict=True):
+        rows = list(group.heads)
+        own = (packed if len(groups) == 1 else packed[:, rows]).flatten(2, 3)
+        mask = visible
+        if mask is not None:
+            mask = mask if mask.shape[1] == 1 else mask[:, rows]
+            mask = mask[:, :, None].expand(-1, -1, share, -1, -1).flatten(2, 3)
+        found = functional.scaled_dot_product_attention(
+            _project(own, group.key_basis), keys, values, attn_mask=mask, scale=scaling
+        )
+        outputs.append(group.restore(found).view(batch, len(rows), share, tokens, size))
+        order += rows
+    out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+    if order != sorted(order):
+        out = out[:, torch.tensor(order, device=out.device).argsort()]
+    return out.flatten(1, 2).transpose(1, 2).contiguous()
