@@ -99,7 +99,8 @@ class SnapKV(TokenSelector):
         column = torch.arange(count, device=held.keys.device)
         seen = column <= (row + count - tokens)[..., None]  # [B, w, N]
         logits = logits.masked_fill(~(seen[:, None, None] & _text(held, logits)[:, :, None, None].bool()), -torch.inf)
-        weight = logits.softmax(-1).nan_to_num().masked_fill(~counted, 0.0).sum(3).mean(2)
+        weight = logits.softmax(-1).nan_to_num().masked_fill(~counted, 0.0).sum(3) / counted.sum(3).clamp(min=1)
+        weight = weight.mean(2)
         pooled = functional.avg_pool1d(weight, self.kernel, stride=1, padding=self.kernel // 2, count_include_pad=False)
         own = (column >= row.min(1).values[:, None] + count - tokens) & (column < ends[:, None] + count - tokens)
         return pooled.masked_fill(own[:, None], torch.inf)

@@ -172,6 +172,11 @@ class Evaluation(Section):
         description="also measure a language model's plain decoding compiled by torch, where that works; on a CPU it "
         "needs a C++ compiler and a minute",
     )
+    beside: Text | None = Field(
+        default=None,
+        description="adapter folder or Hub id of the other learned KV cache (locret, matryoshka_kv), to be measured "
+        "together with this one",
+    )
     timing_context: PositiveInt = Field(
         default=8192, description="tokens that a learned KV cache holds while its decoding is timed"
     )

@@ -27,6 +27,7 @@ class MatryoshkaProjections(nn.Module):
     """
 
     start: Tensor
+    start_means: Tensor
     spectra: Tensor
     _places: Tensor
 
@@ -38,6 +39,7 @@ class MatryoshkaProjections(nn.Module):
         below = torch.tril_indices(size, size, offset=-1)
         self.register_buffer("_places", below[0] * size + below[1], persistent=False)
         self.skew = nn.Parameter(torch.zeros(layers, 2, heads, below.shape[1]))
+        self.register_buffer("start_means", moments.means.float())
         self.means = nn.Parameter(moments.means.float().clone())
 
     @property
