@@ -12,8 +12,15 @@ from transformers import DynamicCache
 
 from modules.kv_host import attach_cache, attention_sites
 from modules.kv_host.projection import Moments, ProjectionCodec, principal_bases, uniform_ranks
-from modules.matryoshka_kv import MatryoshkaConfig, MatryoshkaProjections, draw_masks, rank_masks, search_ranks
-from modules.token_selectors import KeyNorm
+from modules.matryoshka_kv import (
+    MatryoshkaConfig,
+    MatryoshkaHandle,
+    MatryoshkaProjections,
+    draw_masks,
+    rank_masks,
+    search_ranks,
+)
+from modules.token_selectors import ExpectedAttention, KeyNorm
 from tests.tiny_cache import CONFIGS, greedy, logits_behind, some_ids, tiny_model
 from tests.tiny_kv import save_tiny, tiny_recipe
 from trainers.recipes import compose_recipe
@@ -166,6 +173,42 @@ def test_a_constant_in_all_keys_changes_nothing() -> None:
         with attach_cache(model, codec=one) as handle:
             got.append(logits_behind(model, handle.cache(), ids))
     torch.testing.assert_close(*got, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral with a window"])
+def test_merged_projections_give_the_same_logits(family: str) -> None:
+    model, ids = tiny_model(family), some_ids(2, 30)
+    config = MatryoshkaConfig(num_layers=2, kv_heads=2, head_dim=8, interval=2, ranks={"0.5": RAGGED})
+    handle = MatryoshkaHandle(model, codec_for(turned(moments_of(model)), RAGGED), config)
+    bits = {name: value.clone() for name, value in model.state_dict().items()}
+    want, parts = logits_behind(model, handle.cache(), ids), [ids[:, :20], ids[:, 20:]]
+    handle.merge()
+    assert model.model.layers[1].self_attn.o_proj.in_features == 2 * (2 + 4)
+    cache = handle.cache()
+    got = torch.cat([logits_behind(model, cache, part) for part in parts], dim=1)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
+    # Calls without a cache of ours still make sense: values lose what the ranks leave out, keys nothing.
+    cached = DynamicCache(config=model.config)
+    with torch.no_grad():
+        together = model(ids).logits
+        apart = torch.cat([model(part, past_key_values=cached).logits for part in parts], dim=1)
+    torch.testing.assert_close(apart, together, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="no longer put out what this selector reads"):
+        attach_cache(model, selector=ExpectedAttention(model))
+    handle.use_budget("full")
+    torch.testing.assert_close(logits_behind(model, handle.cache(), ids), model(ids).logits, rtol=0, atol=2e-5)
+    handle.merge()
+    handle.detach()
+    after = model.state_dict()
+    assert after.keys() == bits.keys() and all(torch.equal(after[name], value) for name, value in bits.items())
+
+
+def test_a_fused_projection_is_not_merged() -> None:
+    model = tiny_model("phi3")
+    config = MatryoshkaConfig(num_layers=2, kv_heads=2, head_dim=8, interval=2, ranks={"0.5": RAGGED})
+    with MatryoshkaHandle(model, codec_for(turned(moments_of(model)), RAGGED), config) as handle:
+        with pytest.raises(ValueError, match="in one projection"):
+            handle.merge()
 
 
 def test_both_members_share_a_cache() -> None:

@@ -72,7 +72,9 @@ def quality_of(model: Any, case: CacheCase, batches: Sequence[ContextRows], chun
             held = cache.units() if isinstance(cache, KVCache) else [cache.get_seq_length()]
             units += len(batch) * sum(held) / len(held)
             peak = max(peak, *(cache.peak_units() if isinstance(cache, KVCache) else held))
-            logits = model(input_ids=ids[:, batch.context :], past_key_values=cache, use_cache=True).logits[:, :-1]
+            place = torch.arange(batch.context, ids.shape[1], device=ids.device).expand(len(ids), -1)
+            call = {"past_key_values": cache, "position_ids": place, "use_cache": True}
+            logits = model(input_ids=ids[:, batch.context :], **call).logits[:, :-1]
             wanted = batch.labels[:, batch.context + 1 :].to(model.device)
             asked = wanted != IGNORED
             logits, wanted = logits[asked].float(), wanted[asked]

@@ -15,6 +15,7 @@ from modules.kv_host.cache import KVCache, empty_cache
 from modules.kv_host.interface import NAME
 from modules.kv_host.policy import CachePolicy, prefill_steps
 from modules.kv_host.roles import FeatureTap, attention_sites, rotary_frequencies
+from modules.kv_host.units import PackedValues
 
 _MODES = (
     GenerationMode.GREEDY_SEARCH,
@@ -30,6 +31,7 @@ class KVHost:
     Attributes:
         sites: the attention layers.
         selector, codec, policy: who stays, how it is stored, and how much.
+        packed: by layer, how projections that a codec has merged lay their values out.
         last: the cache of the latest `generate` or `prefill`, for its figures.
     """
 
@@ -43,6 +45,7 @@ class KVHost:
         self.last: KVCache | None = None
         self._implementation = model.config._attn_implementation
         self._plain_prefill = model._prefill
+        self.packed: dict[int, PackedValues] = {}
         self._taps: dict[int, FeatureTap] = {}
         self._hooks: list[Any] = []
         model.set_attn_implementation(NAME)
@@ -66,6 +69,8 @@ class KVHost:
                 member.check(self.sites)
         if isinstance(policy.budget, tuple) and len(policy.budget) != len(self.sites):
             raise ValueError(f"budget names {len(policy.budget)} layers, and the model has {len(self.sites)}")
+        if self.packed and selector is not None and selector.needs_features:
+            raise ValueError("merged projections no longer put out what this selector reads: unmerge them first")
         if policy.positions == "compact":
             if codec is not None:
                 raise ValueError("compact positions turn stored keys, which a codec has projected: use original")
@@ -99,6 +104,7 @@ class KVHost:
             self.codec,
             taps=dict(self._taps),
             frequencies=frequencies,
+            packed=dict(self.packed),
             needs_positions=filling or (self.selector is not None and self.selector.needs_positions),
         )
         return self.last

@@ -14,7 +14,7 @@ from modules.contracts import Codec, TokenSelector
 from modules.kv_host.layer import KVLayer
 from modules.kv_host.policy import CachePolicy, PrefillStep
 from modules.kv_host.roles import AttentionSite, FeatureTap
-from modules.kv_host.units import HeadGroup
+from modules.kv_host.units import HeadGroup, PackedValues
 
 
 @dataclass
@@ -25,6 +25,7 @@ class Setting:
         groups: by layer, how its heads are stored.
         taps: by layer, where features come from; empty where the selector needs none.
         frequencies: of the rotary embedding, for compact places.
+        packed: by layer, how merged projections lay values out; empty where none are merged.
         needs_positions: whether units keep their places in the text even where all are text.
         step: the part of a prompt that is being read, None while decoding.
     """
@@ -34,6 +35,7 @@ class Setting:
     groups: Sequence[tuple[HeadGroup, ...]]
     taps: Mapping[int, FeatureTap] = field(default_factory=dict)
     frequencies: Tensor = field(default_factory=lambda: torch.zeros(0))
+    packed: Mapping[int, PackedValues] = field(default_factory=dict)
     needs_positions: bool = False
     step: PrefillStep | None = None
 

@@ -87,6 +87,14 @@ AttentionInterface.register(NAME, _attention)
 AttentionMaskInterface.register(NAME, _mask)
 
 
+def set_probe(module: nn.Module, probe: Probe | None) -> None:
+    """A probe that stays until it is taken away with None; for who has changed the module's projections."""
+    if probe is None:
+        _PROBES.pop(module, None)
+    else:
+        _PROBES[module] = probe
+
+
 @contextmanager
 def attending(model: Any) -> Iterator[None]:
     """Inside, the model attends through this file; it had another implementation before and has it again after."""

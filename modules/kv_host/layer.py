@@ -11,7 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from modules.kv_host.interface import CacheView
 from modules.kv_host.roles import rotate
-from modules.kv_host.units import NOT_TEXT, HeadGroup, Units, attend
+from modules.kv_host.units import NOT_TEXT, HeadGroup, Units, attend, restored
 
 if TYPE_CHECKING:
     from modules.kv_host.cache import Setting
@@ -149,7 +149,9 @@ class KVLayer(CacheLayerMixin, CacheView):  # type: ignore[misc]
         groups = self.setting.groups[self.index]
         incoming = self._encoded(new, keys, values, groups, window)
         held = incoming if self.units is None else self.units.joined(incoming)
-        out = attend(query, held, groups, self._visible(held, new, window), scaling)
+        found = attend(query, held, groups, self._visible(held, new, window), scaling)
+        packed, share = self.setting.packed.get(self.index), query.shape[1] // keys.shape[1]
+        out = restored(found, groups, share) if packed is None else packed.packed(found, groups, share)
         self.seen += query.shape[2]
         self.peak = max(self.peak, len(held))
         self._settle(held, incoming, new, groups)
@@ -182,6 +184,7 @@ class KVLayer(CacheLayerMixin, CacheView):  # type: ignore[misc]
     ) -> Units:
         """The new tokens as they are stored."""
         selector, positions, shape = self.setting.selector, None, keys.shape[:3]
+        packed = self.setting.packed.get(self.index)
         known = self.units is not None and self.units.positions is not None
         if new.valid is not None or known or window is not None or self.setting.needs_positions:
             places = new.positions if new.valid is None else new.positions.where(new.valid, NOT_TEXT)
@@ -191,7 +194,7 @@ class KVLayer(CacheLayerMixin, CacheView):  # type: ignore[misc]
         scores = None
         if selector is not None and selector.causal:
             scores = selector.score(new, None)
-        return Units(tuple(group.encode(keys, values) for group in groups), scores, positions)
+        return Units(tuple(group.encode(keys, values, packed) for group in groups), scores, positions)
 
     def _visible(self, held: Units, new: NewTokens, window: int | None) -> Tensor | None:
         """Which units each new token may look at, bool [B or 1, H or 1, T, N]; None for all."""

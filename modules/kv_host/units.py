@@ -29,14 +29,22 @@ class HeadGroup:
     value_basis: Tensor | None = None
     value_mean: Tensor | None = None
 
-    def encode(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """All heads' [B, H, T, d] to this group's [B, h, T, r_K] and [B, h, T, r_V]."""
+    def encode(self, keys: Tensor, values: Tensor, packed: PackedValues | None = None) -> tuple[Tensor, Tensor]:
+        """All heads' [B, H, T, d] to this group's [B, h, T, r_K] and [B, h, T, r_V].
+
+        Args:
+            packed: values are in their stored coordinates already.
+        """
         rows = list(self.heads)
-        if rows != list(range(keys.shape[1])):
-            keys, values = keys[:, rows], values[:, rows]
+        everything = rows == list(range(keys.shape[1]))
+        keys = _project(keys if everything else keys[:, rows], self.key_basis)
+        if packed is not None:
+            each = packed.unpacked(values)
+            return keys, torch.stack([each[head] for head in rows], dim=1)
+        values = values if everything else values[:, rows]
         if self.value_mean is not None:
             values = values - self.value_mean[:, None].to(values.dtype)
-        return _project(keys, self.key_basis), _project(values, self.value_basis)
+        return keys, _project(values, self.value_basis)
 
     def decode(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """What is left of them at full width."""
@@ -134,35 +142,69 @@ class Units:
         return self
 
 
-def attend(query: Tensor, units: Units, groups: Sequence[HeadGroup], visible: Tensor | None, scaling: float) -> Tensor:
+def attend(
+    query: Tensor, units: Units, groups: Sequence[HeadGroup], visible: Tensor | None, scaling: float
+) -> list[Tensor]:
     """Attention in the stored coordinates, at really the stored widths.
 
     The query heads of a KV head are rows of one product, so keys and values are never repeated.
 
     Args:
-        query: [B, H_q, T, d].
+        query: [B, H g, T, d].
         visible: bool [B or 1, H or 1, T, N]; None where every query sees every unit.
     Returns:
-        [B, T, H_q, d].
+        by group, averages of the stored values [B, h, g T, r_V].
     """
     batch, query_heads, tokens, size = query.shape
     heads = sum(len(group.heads) for group in groups)
     share = query_heads // heads
-    packed = query.view(batch, heads, share, tokens, size)
-    outputs, order = [], []
+    rows_of_heads = query.reshape(batch, heads, share * tokens, size)
+    outputs = []
     for group, (keys, values) in zip(groups, units.parts, strict=True):
         rows = list(group.heads)
-        own = (packed if len(groups) == 1 else packed[:, rows]).flatten(2, 3)
+        own = rows_of_heads if len(groups) == 1 else rows_of_heads[:, rows]
         mask = visible
         if mask is not None:
             mask = mask if mask.shape[1] == 1 else mask[:, rows]
             mask = mask[:, :, None].expand(-1, -1, share, -1, -1).flatten(2, 3)
-        found = functional.scaled_dot_product_attention(
-            _project(own, group.key_basis), keys, values, attn_mask=mask, scale=scaling
+        outputs.append(
+            functional.scaled_dot_product_attention(
+                _project(own, group.key_basis), keys, values, attn_mask=mask, scale=scaling
+            )
         )
-        outputs.append(group.restore(found).view(batch, len(rows), share, tokens, size))
-        order += rows
-    out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+    return outputs
+
+
+def restored(outputs: Sequence[Tensor], groups: Sequence[HeadGroup], share: int) -> Tensor:
+    """What `attend` gave, at full width: [B, T, H g, d]."""
+    parts = [group.restore(out) for group, out in zip(groups, outputs, strict=True)]
+    order = [head for group in groups for head in group.heads]
+    out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
     if order != sorted(order):
         out = out[:, torch.tensor(order, device=out.device).argsort()]
-    return out.flatten(1, 2).transpose(1, 2).contiguous()
+    return out.unflatten(2, (share, -1)).flatten(1, 2).transpose(1, 2).contiguous()
+
+
+@dataclass(frozen=True)
+class PackedValues:
+    """Values that their projection itself has put into stored coordinates, those of all KV heads side by side.
+
+    transformers cuts a projection's output into heads of d, so it is filled up to whole ones.
+
+    ranks: of each KV head.
+    """
+
+    ranks: tuple[int, ...]
+
+    def unpacked(self, values: Tensor) -> list[Tensor]:
+        """[B, m, T, d] as the model cut them, to [B, T, r] of each KV head."""
+        flat = values.transpose(1, 2).flatten(2)[..., : sum(self.ranks)]
+        return list(flat.split(list(self.ranks), dim=-1))
+
+    def packed(self, outputs: Sequence[Tensor], groups: Sequence[HeadGroup], share: int) -> Tensor:
+        """What `attend` gave, side by side by query head: [B, T, 1, sum of g r]."""
+        by_head: dict[int, Tensor] = {}
+        for group, out in zip(groups, outputs, strict=True):
+            each = out.unflatten(2, (share, -1)).transpose(2, 3).flatten(3)  # [B, h, T, g r]
+            by_head |= {head: each[:, i] for i, head in enumerate(group.heads)}
+        return torch.cat([by_head[head] for head in sorted(by_head)], dim=-1)[:, :, None]

@@ -13,6 +13,7 @@ from modules.kv_host.projection import principal_bases
 from modules.language_models import load_model
 from modules.matryoshka_kv import MatryoshkaProjections
 from trainers.contexts import training_source
+from trainers.devices import training_device
 from trainers.matryoshka_kv.task import MatryoshkaTask
 from trainers.schemas.matryoshka_kv import Recipe
 
@@ -25,6 +26,8 @@ def build_task(recipe: Recipe) -> MatryoshkaTask:
     """
     backbone, settings = recipe.backbone, recipe.module
     model, tokenizer = load_model(backbone.name, backbone.revision, backbone.dtype)
+    device = training_device(recipe)
+    model.to(device)
     sites = attention_sites(model)
     size = sites[0].head_dim
     interval = settings.interval or max(1, size // 8)
@@ -38,10 +41,10 @@ def build_task(recipe: Recipe) -> MatryoshkaTask:
     # Every token of a text teaches, not only those behind a context.
     data = recipe.data.model_copy(update={"length": 1, "following": recipe.data.length - 1})
     source = training_source(data if recipe.data.kind == "text" else recipe.data, model, tokenizer)
-    moments = principal_bases(model, sites, _calls(source, settings.pca_rows, recipe.data.batch_size))
+    moments = principal_bases(model, sites, _calls(source, settings.pca_rows, recipe.data.batch_size, device))
     return MatryoshkaTask(recipe, model, MatryoshkaProjections(moments), source)
 
 
-def _calls(source: ContextSource, rows: int, batch_size: int) -> Iterator[dict[str, Any]]:
+def _calls(source: ContextSource, rows: int, batch_size: int, device: torch.device) -> Iterator[dict[str, Any]]:
     for part in torch.arange(min(rows, len(source))).split(batch_size):
-        yield {"input_ids": source.rows(part).input_ids}
+        yield {"input_ids": source.rows(part).input_ids.to(device)}
