@@ -45,7 +45,9 @@ def turned(moments: Moments, size: float = 0.3) -> MatryoshkaProjections:
 
 @torch.no_grad()
 def codec_for(projections: MatryoshkaProjections, ranks: Any, dtype: torch.dtype = torch.float32) -> ProjectionCodec:
-    bases = projections().to(dtype)
+    bases = projections()
+    if dtype == torch.float64:  # orthogonal to its precision
+        bases = torch.linalg.qr(bases.double())[0]
     return ProjectionCodec(bases[:, 0], bases[:, 1], projections.means.detach().to(dtype), ranks)
 
 
@@ -61,8 +63,7 @@ def test_full_rank_is_the_model_itself(family: str, dtype: torch.dtype) -> None:
     with torch.no_grad():
         want = model(ids).logits
     # All columns, really projected, and the shortcut that stores units as they are.
-    bases = torch.linalg.qr(projections().double())[0].to(dtype) if dtype == torch.float64 else projections().detach()
-    everything = ProjectionCodec(bases[:, 0], bases[:, 1], projections.means.detach().to(dtype), full(model, size))
+    everything = codec_for(projections, full(model, size), dtype)
     shortcut = everything.groups(0)[0]
     assert shortcut.key_basis is None and shortcut.value_basis is None
     tolerance = 1e-10 if dtype == torch.float64 else 1e-5
@@ -120,7 +121,7 @@ def test_a_smaller_rank_is_the_beginning_of_a_larger_one() -> None:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-5), (torch.float64, 1e-9)], ids=str)
 def test_zeroed_coordinates_and_stored_ones_agree(dtype: torch.dtype, tolerance: float) -> None:
     model, ids = tiny_model(dtype=dtype), some_ids(2, 30)
-    projections = turned(moments_of(tiny_model())).to(dtype)
+    projections = turned(moments_of(tiny_model()))
     codec = codec_for(projections, RAGGED, dtype)
     task = Attending(model, codec)
     want = task.logits(ids, rank_masks(torch.tensor(RAGGED), 8).to(dtype))
@@ -163,8 +164,8 @@ def test_a_constant_in_all_keys_changes_nothing() -> None:
             encode = type(group).encode
 
             class Moved(type(group)):
-                def encode(self, keys: Tensor, values: Tensor) -> Any:
-                    return encode(self, keys + 3.0, values)
+                def encode(self, keys: Tensor, *rest: Any) -> Any:
+                    return encode(self, keys + 3.0, *rest)
 
             return (Moved(group.heads, group.key_basis, group.value_basis, group.value_mean),)
 
