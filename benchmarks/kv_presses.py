@@ -11,6 +11,7 @@ longer hands them: a hook puts it back.
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,8 +26,8 @@ from afterburner import load_adapter
 from benchmarks import results
 from modules.kv_host import attention_sites
 from modules.language_models import load_model
-from trainers.cache_cases import CacheCase, Read, baseline_case, quality_of
-from trainers.cache_rivals import SHARES, budget_of, reader, selector_cases
+from trainers.cache_cases import CacheCase, Reader, baseline_case, quality_of
+from trainers.cache_rivals import SHARES, HandleReader, budget_of, selector_cases
 from trainers.contexts import held_out_rows
 
 PRESSES = (
@@ -51,31 +52,39 @@ def press_cases(model: Any) -> list[CacheCase]:
     ]
 
 
+class _Pressed:
+    def __init__(self, model: Any, press: Any) -> None:
+        self.model, self.press = model, press
+
+    @torch.no_grad()
+    def read(self, ids: Tensor, chunk: int | None) -> Any:
+        cache = DynamicCache()
+        with self.press(self.model):
+            self.model.model(input_ids=ids, past_key_values=cache, use_cache=True)
+        return cache
+
+    def copied(self, cache: Any) -> Any:
+        return copy.deepcopy(cache)
+
+
 @contextmanager
-def _pressed(model: Any, press: Any, share: float, context: int) -> Iterator[Read]:
+def _pressed(model: Any, press: Any, share: float, context: int) -> Iterator[Reader]:
     def position(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return args, {**kwargs, "cache_position": kwargs["position_ids"][0]}
 
-    @torch.no_grad()
-    def read(ids: Tensor, chunk: int | None) -> Any:
-        cache = DynamicCache()
-        with press(compression_ratio=1 - share)(model):
-            model.model(input_ids=ids, past_key_values=cache, use_cache=True)
-        return cache
-
     hooks = [site.module.register_forward_pre_hook(position, with_kwargs=True) for site in attention_sites(model)]
     try:
-        yield read
+        yield _Pressed(model, press(compression_ratio=1 - share))
     finally:
         for hook in hooks:
             hook.remove()
 
 
 @contextmanager
-def _adapted(model: Any, adapter: str, share: float, context: int) -> Iterator[Read]:
+def _adapted(model: Any, adapter: str, share: float, context: int) -> Iterator[Reader]:
     with load_adapter(model, adapter) as handle:
         handle.use(budget=budget_of(share, context), stabilizers=0, local=0, query_first=False)  # type: ignore[attr-defined]
-        yield reader(handle)  # type: ignore[arg-type]
+        yield HandleReader(handle)  # type: ignore[arg-type]
 
 
 def main() -> int:

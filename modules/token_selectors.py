@@ -40,7 +40,8 @@ class KeyNorm(TokenSelector):
 
     def score(self, new: NewTokens, held: HeldUnits | None) -> Tensor:
         """See `TokenSelector`."""
-        return -new.keys.float().norm(dim=-1)
+        norms: Tensor = torch.linalg.vector_norm(new.keys.float(), dim=-1)
+        return -norms
 
 
 class Random(TokenSelector):
@@ -142,7 +143,7 @@ class ExpectedAttention(TokenSelector):
         logits = logits + torch.einsum("bhni,bhij,bhnj->bhn", keys, covariance, keys) / size / 2
         text = _text(held, logits).repeat_interleave(mean.shape[1] // heads, dim=1)
         weight = logits.masked_fill(text == 0, -torch.inf).softmax(-1).view(batch, heads, -1, keys.shape[2]).mean(2)
-        scores = weight * held.values.float().norm(dim=-1)
+        scores: Tensor = weight * torch.linalg.vector_norm(held.values.float(), dim=-1)
         assert held.positions is not None
         first = (held.positions >= 0) & (held.positions < self.sinks)
         return scores.masked_fill(first, torch.inf)
@@ -151,7 +152,7 @@ class ExpectedAttention(TokenSelector):
         """Mean [B, H_q, d] and covariance [B, H_q, d, d] of the queries so far, and the last place [B]."""
         assert new.features is not None
         heads = new.queries.shape[1]
-        queries = new.features[..., : heads * size].unflatten(-1, (heads, size))
+        queries = new.features[..., : heads * size].reshape(*new.features.shape[:2], heads, size)
         norm = self._norms[new.layer]
         queries = (queries if norm is None else norm(queries)).float()
         text = torch.ones_like(queries[..., :1]) if new.valid is None else new.valid[..., None, None].float()

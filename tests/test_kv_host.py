@@ -212,6 +212,21 @@ def test_decoding_is_cut_back_every_few_tokens() -> None:
             assert max(handle.host.last.peak_units()) == 10 + 16  # the second chunk had 16 tokens
 
 
+def test_a_cache_is_branched_and_outlives_its_handle() -> None:
+    model, ids, more = tiny_model(), some_ids(1, 30), some_ids(1, 6, seed=1)
+    selector = ExpectedAttention(model)
+    with attach_cache(model, selector=selector, policy=CachePolicy(budget=9, chunk=8)) as handle:
+        cache = handle.prefill(ids)
+        branch = handle.resume(cache)
+        want = logits_behind(model, branch, more)
+        assert cache.units() == [9, 9] and branch.units() == [15, 15]
+        torch.testing.assert_close(logits_behind(model, handle.resume(cache), more), want, rtol=0, atol=1e-6)
+    with attach_cache(model, selector=selector) as handle:
+        with pytest.raises(ValueError, match=r"go on with handle\.resume\(cache\)"):
+            logits_behind(model, cache, more)
+        torch.testing.assert_close(logits_behind(model, handle.resume(cache), more), want, rtol=0, atol=1e-6)
+
+
 # Positions and places.
 
 
@@ -257,6 +272,22 @@ def test_a_question_that_is_read_first_is_seen_by_every_later_token() -> None:
         with pytest.raises(ValueError, match="no more than those"):
             handle.prefill(ids[:, :5])
     assert torch.cat(seen).tolist() == [*range(-5, 0), *range(40)]
+
+
+def test_chunks_of_a_long_text_are_rotated_as_the_whole_is() -> None:
+    longrope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "rope_theta": 1e4}
+    longrope["original_max_position_embeddings"] = 32
+    model = tiny_model("phi3", original_max_position_embeddings=32, rope_parameters=longrope)
+    seen: list[Tensor] = []
+    for length in (50, 30):
+        ids = some_ids(1, length)
+        with torch.no_grad():
+            want = model(ids).logits[:, -8:]
+        with attach_cache(model, selector=KeyNorm(), policy=CachePolicy(chunk=10, local=8)) as handle:
+            hook = model.lm_head.register_forward_hook(lambda module, args, out: seen.append(out))
+            handle.prefill(ids)
+            hook.remove()
+        torch.testing.assert_close(seen[-1], want, rtol=0, atol=2e-5)
 
 
 # What is held is what is told.

@@ -21,7 +21,7 @@ from modules.token_selectors import Random
 from tests.tiny_cache import CONFIGS, some_ids, tiny_model
 from tests.tiny_kv import save_tiny, tiny_recipe
 from trainers.cache_cases import CacheCase, baseline_case, quality_of
-from trainers.cache_rivals import reader
+from trainers.cache_rivals import HandleReader
 from trainers.contexts import held_out_rows
 from trainers.locret.task import overlap, retaining_loss
 from trainers.recipes import compose_recipe
@@ -272,6 +272,6 @@ def accuracy(model: Any, selector: Any, rows: Any) -> float:
     @contextmanager
     def enter(context: int) -> Iterator[Any]:
         with attach_cache(model, selector=selector, policy=CachePolicy(budget=context // 8)) as handle:
-            yield reader(handle)
+            yield HandleReader(handle)
 
     return quality_of(model, CacheCase(name="", kind="adapter", enter=enter), rows).accuracy

@@ -7,11 +7,12 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers import DynamicCache
 
 from data.contexts import ContextRows
 from data.stepped import step_generator
@@ -21,8 +22,16 @@ from trainers.config import Evaluation
 from trainers.rows import Kind, Row
 from trainers.timing import Timing, alternate, peak_memory
 
-Read = Callable[[Tensor, int | None], Any]
-"""(ids [B, C], tokens at a time or None for all at once) -> the cache after reading them."""
+
+class Reader(Protocol):
+    """How a case reads contexts."""
+
+    def read(self, ids: Tensor, chunk: int | None) -> Any:
+        """The cache after reading ids [B, C], so many at a time or all at once."""
+
+    def copied(self, cache: Any) -> Any:
+        """A cache of this case, to go on from without changing it."""
+
 
 TIMED_CHUNK = 1024
 
@@ -39,7 +48,7 @@ class CacheCase:
 
     name: str
     kind: Kind
-    enter: Callable[[int], AbstractContextManager[Read]]
+    enter: Callable[[int], AbstractContextManager[Reader]]
     group: str = ""
     share: float = 1.0
 
@@ -64,10 +73,10 @@ class Kept:
 def quality_of(model: Any, case: CacheCase, batches: Sequence[ContextRows], chunk: int | None = None) -> Kept:
     """Reads every context, cuts it down, and predicts what follows from what is left."""
     nats, hits, count, units, size, rows, peak = 0.0, 0, 0, 0.0, 0, 0, 0
-    with case.enter(batches[0].context) as read:
+    with case.enter(batches[0].context) as reader:
         for batch in batches:
             ids = batch.input_ids.to(model.device)
-            cache = read(ids[:, : batch.context], chunk)
+            cache = reader.read(ids[:, : batch.context], chunk)
             size += cache_bytes(cache)
             held = cache.units() if isinstance(cache, KVCache) else [cache.get_seq_length()]
             units += len(batch) * sum(held) / len(held)
@@ -103,7 +112,7 @@ def measure_cases(
     """Quality on held-out contexts, each read at once; time and peak memory on one long context of random tokens.
 
     The rows' speedup is that of decoding: `new_tokens` calls of the model behind `timing_context` held or evicted
-    tokens, the cases alternating (`trainers.timing.alternate`).  Prefill is timed once per round too.
+    tokens, the cases alternating (`trainers.timing.alternate`).  Prefill is timed of the baseline and of adapters.
 
     Args:
         cases: the first one is the baseline.
@@ -116,24 +125,26 @@ def measure_cases(
     generator = step_generator("timing", settings.seed)
     vocabulary = int(model.config.vocab_size)
     ids = torch.randint(2, vocabulary, (1, settings.timing_context), generator=generator).to(model.device)
-    notify(f"reading {settings.timing_context} tokens in {len(cases)} ways, {settings.repeats} rounds")
+    notify(f"reading {settings.timing_context} tokens, {settings.repeats} rounds")
     timed = {"baseline": cases[0].name, "device": model.device, "rounds": settings.repeats, "seed": settings.seed}
-    prefill = alternate({case.name: _prefill(case, ids) for case in cases}, **timed)
+    own = [case for case in cases if case.kind in ("baseline", "adapter")]
+    prefill = alternate({case.name: _prefill(case, ids) for case in own}, **timed)
     memory = {case.name: _peak(case, ids, model.device) for case in cases}
     notify(f"decoding {settings.new_tokens} tokens in {len(cases)} ways, {settings.repeats} rounds")
     caches = {}
     for case in cases:
-        with case.enter(ids.shape[1]) as read:
-            caches[case.name] = read(ids, TIMED_CHUNK)
+        with case.enter(ids.shape[1]) as reader:
+            caches[case.name] = reader.read(ids, TIMED_CHUNK)
     prepared = {case.name: _decode(model, case, caches[case.name], ids, settings.new_tokens) for case in cases}
     decode = alternate(prepared, **timed)
     return [
-        _row(case, kept[case.name], prefill[case.name], decode[case.name], memory[case.name], settings.new_tokens)
+        _row(case, kept[case.name], prefill.get(case.name), decode[case.name], memory[case.name], settings.new_tokens)
         for case in cases
     ]
 
 
-def _row(case: CacheCase, kept: Kept, prefill: Timing, decode: Timing, memory: int, tokens: int) -> Row:
+def _row(case: CacheCase, kept: Kept, prefill: Timing | None, decode: Timing, memory: int, tokens: int) -> Row:
+    read = {} if prefill is None else {"prefill_speedup": prefill.speedup}
     return Row(
         name=case.name,
         kind=case.kind,
@@ -144,7 +155,7 @@ def _row(case: CacheCase, kept: Kept, prefill: Timing, decode: Timing, memory: i
         work={
             "kept_units": kept.units,
             "cache_bytes": kept.bytes,
-            "prefill_speedup": prefill.speedup,
+            **read,
             "tokens_per_s": tokens / decode.latency_s,
         },
         memory_bytes=memory,
@@ -155,8 +166,8 @@ def _row(case: CacheCase, kept: Kept, prefill: Timing, decode: Timing, memory: i
 def _prefill(case: CacheCase, ids: Tensor) -> Callable[[], AbstractContextManager[Callable[[], object]]]:
     @contextmanager
     def prepare() -> Iterator[Callable[[], object]]:
-        with case.enter(ids.shape[1]) as read:
-            yield lambda: read(ids, TIMED_CHUNK)
+        with case.enter(ids.shape[1]) as reader:
+            yield lambda: reader.read(ids, TIMED_CHUNK)
 
     return prepare
 
@@ -172,10 +183,8 @@ def _decode(
 
     @contextmanager
     def prepare() -> Iterator[Callable[[], object]]:
-        with case.enter(ids.shape[1]):
-            # What a step adds makes new tensors: those of the cache itself stay as they are.
-            own = copy.copy(cache)
-            own.layers = [copy.copy(layer) for layer in cache.layers]
+        with case.enter(ids.shape[1]) as reader:
+            own = reader.copied(cache)
             yield lambda: decode(own)
 
     return prepare
@@ -186,19 +195,28 @@ def _peak(case: CacheCase, ids: Tensor, device: torch.device) -> int:
         return peak_memory(call, device)
 
 
-def baseline_case(model: Any) -> CacheCase:
-    """transformers' own cache, which keeps everything."""
-    from transformers import DynamicCache
+class _Full:
+    """transformers' own cache."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
 
     @torch.no_grad()
-    def read(ids: Tensor, chunk: int | None) -> Any:
-        cache = DynamicCache(config=model.config)
+    def read(self, ids: Tensor, chunk: int | None) -> Any:
+        cache = DynamicCache(config=self.model.config)
         for part in ids.split(chunk or ids.shape[1], dim=1):
-            model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            self.model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
         return cache
 
+    def copied(self, cache: Any) -> Any:
+        return copy.deepcopy(cache)
+
+
+def baseline_case(model: Any) -> CacheCase:
+    """transformers' own cache, which keeps everything."""
+
     @contextmanager
-    def enter(context: int) -> Iterator[Read]:
-        yield read
+    def enter(context: int) -> Iterator[Reader]:
+        yield _Full(model)
 
     return CacheCase(name="full cache", kind="baseline", enter=enter)

@@ -15,8 +15,8 @@ from checkpoints.manifest import Manifest, check_valid_for, read_manifest
 from data.contexts import ContextRows
 from modules.kv_host import KVHandle
 from modules.language_models import load_model
-from trainers.cache_cases import CacheCase, Read, baseline_case, measure_cases, quality_of
-from trainers.cache_rivals import budget_of, reader
+from trainers.cache_cases import CacheCase, Reader, baseline_case, measure_cases, quality_of
+from trainers.cache_rivals import HandleReader, budget_of
 from trainers.context_settings import NEEDLE
 from trainers.contexts import held_out_rows
 from trainers.evaluation import Measured, Request
@@ -98,7 +98,7 @@ def _stacked(model: Any, load: Load, beside: str) -> list[CacheCase]:
 
 
 @contextmanager
-def _both(one: Load, other: Load, share: float, width: str, context: int) -> Iterator[Read]:
+def _both(one: Load, other: Load, share: float, width: str, context: int) -> Iterator[Reader]:
     """Both adapters at work: what one keeps is stored as the other says."""
     with ExitStack() as stack:
         handles: list[KVHandle] = [stack.enter_context(load()) for load in (one, other)]
@@ -106,7 +106,7 @@ def _both(one: Load, other: Load, share: float, width: str, context: int) -> Ite
             if hasattr(handle, "use_budget"):
                 handle.use_budget(width)
         handles[-1].use(budget=budget_of(share, context), stabilizers=0, local=0, query_first=False)
-        yield reader(handles[-1])
+        yield HandleReader(handles[-1])
 
 
 def _by_case(

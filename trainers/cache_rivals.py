@@ -12,7 +12,7 @@ from torch import Tensor
 from modules.contracts import TokenSelector
 from modules.kv_host import CachePolicy, KVHandle, attach_cache
 from modules.token_selectors import ExpectedAttention, KeyDifference, KeyNorm, Random, SinkAndWindow, SnapKV
-from trainers.cache_cases import CacheCase, Read
+from trainers.cache_cases import CacheCase, Reader
 
 SHARES = (1 / 16, 1 / 8, 1 / 4)
 
@@ -45,9 +45,9 @@ def selector_cases(model: Any, shares: Sequence[float] = SHARES) -> list[CacheCa
 
 
 @contextmanager
-def _selected(model: Any, make: Callable[[], TokenSelector], share: float, context: int) -> Iterator[Read]:
+def _selected(model: Any, make: Callable[[], TokenSelector], share: float, context: int) -> Iterator[Reader]:
     with attach_cache(model, selector=make(), policy=CachePolicy(budget=budget_of(share, context))) as handle:
-        yield reader(handle)
+        yield HandleReader(handle)
 
 
 def budget_of(share: float, context: int) -> int:
@@ -55,10 +55,16 @@ def budget_of(share: float, context: int) -> int:
     return max(1, round(share * context))
 
 
-def reader(handle: KVHandle) -> Read:
+class HandleReader:
     """Reads contexts as a handle's policy says, but for the chunk."""
 
-    def read(ids: Tensor, chunk: int | None) -> Any:
-        return handle.prefill(ids, chunk=chunk)
+    def __init__(self, handle: KVHandle) -> None:
+        self.handle = handle
 
-    return read
+    def read(self, ids: Tensor, chunk: int | None) -> Any:
+        """See `trainers.cache_cases.Reader`."""
+        return self.handle.prefill(ids, chunk=chunk)
+
+    def copied(self, cache: Any) -> Any:
+        """See `trainers.cache_cases.Reader`."""
+        return self.handle.resume(cache)

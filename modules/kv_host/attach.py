@@ -13,8 +13,8 @@ from modules.contracts import Codec, Handle, TokenSelector
 from modules.generate_call import PlainGenerate
 from modules.kv_host.cache import KVCache, empty_cache
 from modules.kv_host.interface import NAME
-from modules.kv_host.policy import CachePolicy, prefill_steps
-from modules.kv_host.roles import FeatureTap, attention_sites, rotary_frequencies
+from modules.kv_host.policy import CachePolicy, PrefillStep, prefill_steps
+from modules.kv_host.roles import FeatureTap, attention_sites, rotary_frequencies, rotated_as_a_whole
 from modules.kv_host.units import PackedValues
 
 _MODES = (
@@ -127,25 +127,31 @@ class KVHost:
         seen, setting = cache.get_seq_length(), cache.setting
         offset = mask.shape[1] - input_ids.shape[1]  # a conversation may go on with its new tokens alone
         outputs = None
-        for step in prefill_steps(mask, seen, setting.policy):
-            count = cache.get_seq_length()
-            ids = input_ids.gather(1, step.columns - offset)
-            valid = torch.ones_like(ids, dtype=torch.bool) if step.valid is None else step.valid
-            setting.step = step
-            try:
-                outputs = self.model(
-                    input_ids=ids,
-                    attention_mask=torch.cat([valid.new_ones(len(ids), count), valid], dim=1),
-                    position_ids=step.positions,
-                    past_key_values=cache,
-                    use_cache=True,
-                    return_dict=True,
-                    **extra,
-                )
-            finally:
-                setting.step = None
+        with rotated_as_a_whole(self.model, mask.shape[1]):
+            for step in prefill_steps(mask, seen, setting.policy):
+                outputs = self._read_step(step, input_ids, offset, cache, extra)
         cache.read_to(mask.shape[1])
         return outputs
+
+    def _read_step(
+        self, step: PrefillStep, input_ids: Tensor, offset: int, cache: KVCache, extra: dict[str, Any]
+    ) -> Any:
+        setting, count = cache.setting, cache.get_seq_length()
+        ids = input_ids.gather(1, step.columns - offset)
+        valid = torch.ones_like(ids, dtype=torch.bool) if step.valid is None else step.valid
+        setting.step = step
+        try:
+            return self.model(
+                input_ids=ids,
+                attention_mask=torch.cat([valid.new_ones(len(ids), count), valid], dim=1),
+                position_ids=step.positions,
+                past_key_values=cache,
+                use_cache=True,
+                return_dict=True,
+                **extra,
+            )
+        finally:
+            setting.step = None
 
     # What stands in for the model's own.
 
@@ -235,6 +241,20 @@ class KVHandle(Handle):
     def cache(self, **changes: Any) -> KVCache:
         """See `KVHost.cache`."""
         return self.host.cache(**changes)
+
+    def resume(self, cache: KVCache) -> KVCache:
+        """A copy of a cache that goes on under this handle: one to branch from, or one whose handle is detached.
+
+        Raises:
+            ValueError: its units are stored in another way than this handle's codec stores them.
+        """
+        mine = self.host.cache()
+        if (stored := cache.layout()) != (wanted := mine.layout()):
+            raise ValueError(
+                f"the cache is stored as {stored[0]} and this handle stores {wanted[0]}: read the text again"
+            )
+        self.host.last = cache.resumed(mine.setting)
+        return self.host.last
 
     def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None, **changes: Any) -> KVCache:
         """See `KVHost.prefill`."""

@@ -66,6 +66,19 @@ class KVCache(Cache):  # type: ignore[misc]
         """Bytes of everything held: the sum over the storages of its tensors."""
         return sum(layer.units.memory_bytes() for layer in self.layers if layer.units is not None)
 
+    def layout(self) -> list[list[tuple[tuple[int, ...], int | None, int | None]]]:
+        """By layer and group: its heads, and stored widths of keys and values, None for full ones."""
+        return [[(group.heads, *group.widths()) for group in groups] for groups in self.setting.groups]
+
+    def resumed(self, setting: Setting) -> KVCache:
+        """A cache that goes on from here under another setting; what is read into it is not read into this one."""
+        other = KVCache(setting)
+        for mine, theirs in zip(other.layers, self.layers, strict=True):
+            mine.units = None if theirs.units is None else theirs.units.rows(torch.clone)
+            mine.seen, mine.peak, mine.generated = theirs.seen, theirs.peak, theirs.generated
+            mine.memory, mine.is_initialized = dict(theirs.memory), theirs.is_initialized
+        return other
+
     def read_to(self, columns: int) -> None:
         """The text is so many columns long, whatever was filled up while it was read."""
         for layer in self.layers:

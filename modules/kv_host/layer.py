@@ -276,7 +276,8 @@ class KVLayer(CacheLayerMixin, CacheView):  # type: ignore[misc]
         if self.units is not None and self.units.positions is not None:
             # All heads of a row hold equally much text.
             first = (self.units.positions[:, 0] != NOT_TEXT).sum(1, keepdim=True)
-        return (first + valid.cumsum(1) - 1).clamp(min=0).expand(len(new.queries), -1)
+        places: Tensor = (first + valid.cumsum(1) - 1).clamp(min=0)
+        return places.expand(len(new.queries), -1)
 
     def _close_gaps(self, held: Units, keep: Tensor, groups: tuple[HeadGroup, ...]) -> None:
         assert self.units is not None

@@ -91,7 +91,8 @@ class ProjectionCodec(Codec):
         return sum(tensor.numel() * tensor.element_size() for tensor in parts if tensor is not None)
 
     def _grouped(self, layer: int) -> tuple[HeadGroup, ...]:
-        size, members = self.keys.shape[2], {}
+        size = self.keys.shape[2]
+        members: dict[tuple[int, int], list[int]] = {}
         for head, pair in enumerate(zip(*self.ranks[layer], strict=True)):
             members.setdefault(pair, []).append(head)
         groups = []

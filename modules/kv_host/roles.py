@@ -76,6 +76,10 @@ class FeatureTap:
 
     def take(self) -> Tensor:
         """Queries, keys and values of the new tokens side by side, before rotation, [B, T, F]; forgets them."""
+        if len(self._outputs) < len(self.site.projections):
+            raise ValueError(
+                "the adapter of this cache is detached: attach it again, and go on with handle.resume(cache)"
+            )
         outputs = [self._outputs.pop(place) for place in range(len(self.site.projections))]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
@@ -116,7 +120,31 @@ def rotary_frequencies(model: Any) -> Tensor:
             f"positions can be made compact only under one fixed rotary embedding, and {type(model).__name__} has "
             f"{'none' if not found else f'one of kind {kind}'}: use positions original"
         )
-    return found[0]
+    frequencies: Tensor = found[0]
+    return frequencies
+
+
+@contextmanager
+def rotated_as_a_whole(model: Any, length: int) -> Iterator[None]:
+    """Inside, parts of a text of `length` tokens are rotated as the whole is.
+
+    Under longrope a model rotates texts that are longer than its first training's in another way, and would take the
+    first chunks for short texts.
+    """
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    changed = []
+    for module in model.modules():
+        if getattr(module, "rope_type", None) == "longrope":
+            if length > int(module.config.rope_parameters["original_max_position_embeddings"]):
+                changed.append((module, module.original_inv_freq))
+                whole, _ = ROPE_INIT_FUNCTIONS["longrope"](module.config, module.inv_freq.device, seq_len=length)
+                module.original_inv_freq = whole
+    try:
+        yield
+    finally:
+        for module, before in changed:
+            module.original_inv_freq = before
 
 
 def rotate(states: Tensor, shift: Tensor, frequencies: Tensor) -> Tensor:

@@ -29,6 +29,11 @@ class HeadGroup:
     value_basis: Tensor | None = None
     value_mean: Tensor | None = None
 
+    def widths(self) -> tuple[int | None, int | None]:
+        """Stored widths of keys and values, None where they are stored as they are."""
+        key, value = (None if basis is None else int(basis.shape[2]) for basis in (self.key_basis, self.value_basis))
+        return key, value
+
     def encode(self, keys: Tensor, values: Tensor, packed: PackedValues | None = None) -> tuple[Tensor, Tensor]:
         """All heads' [B, H, T, d] to this group's [B, h, T, r_K] and [B, h, T, r_V].
 
@@ -182,7 +187,8 @@ def restored(outputs: Sequence[Tensor], groups: Sequence[HeadGroup], share: int)
     out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
     if order != sorted(order):
         out = out[:, torch.tensor(order, device=out.device).argsort()]
-    return out.unflatten(2, (share, -1)).flatten(1, 2).transpose(1, 2).contiguous()
+    batch, heads, rows, size = out.shape
+    return out.reshape(batch, heads * share, rows // share, size).transpose(1, 2).contiguous()
 
 
 @dataclass(frozen=True)
@@ -199,12 +205,13 @@ class PackedValues:
     def unpacked(self, values: Tensor) -> list[Tensor]:
         """[B, m, T, d] as the model cut them, to [B, T, r] of each KV head."""
         flat = values.transpose(1, 2).flatten(2)[..., : sum(self.ranks)]
-        return list(flat.split(list(self.ranks), dim=-1))
+        return list(torch.split(flat, list(self.ranks), dim=-1))
 
     def packed(self, outputs: Sequence[Tensor], groups: Sequence[HeadGroup], share: int) -> Tensor:
         """What `attend` gave, side by side by query head: [B, T, 1, sum of g r]."""
         by_head: dict[int, Tensor] = {}
         for group, out in zip(groups, outputs, strict=True):
-            each = out.unflatten(2, (share, -1)).transpose(2, 3).flatten(3)  # [B, h, T, g r]
+            batch, heads, rows, rank = out.shape
+            each = out.reshape(batch, heads, share, rows // share, rank).transpose(2, 3).flatten(3)  # [B, h, T, g r]
             by_head |= {head: each[:, i] for i, head in enumerate(group.heads)}
         return torch.cat([by_head[head] for head in sorted(by_head)], dim=-1)[:, :, None]

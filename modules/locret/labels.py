@@ -33,7 +33,7 @@ def causal_importance(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
     packed = queries.reshape(batch, heads, -1, size)
     rows = max(1, _BLOCK // max(1, batch * heads * count))
     best = torch.full((batch, heads, count), -torch.inf, device=keys.device)
-    for part in packed.split(rows, dim=2):
+    for part in torch.split(packed, rows, dim=2):
         best = torch.maximum(best, (part @ keys.transpose(2, 3)).float().amax(2) * scaling)
     return best
 

@@ -52,11 +52,12 @@ class MatryoshkaProjections(nn.Module):
         size = self.head_dim
         with torch.autocast(self.skew.device.type, enabled=False):
             flat = self.skew.new_zeros(*self.skew.shape[:3], size * size)
-            lower = flat.index_copy(-1, self._places, self.skew).unflatten(-1, (size, size))
+            lower = flat.index_copy(-1, self._places, self.skew).view(*self.skew.shape[:3], size, size)
             half = (lower - lower.transpose(-1, -2)) / 2
             eye = torch.eye(size, device=half.device)
             turn = torch.linalg.solve(eye - half, eye + half)
-            return self.start @ turn
+            bases: Tensor = self.start @ turn
+            return bases
 
 
 def projecting_probe(site: AttentionSite, bases: Tensor, means: Tensor, masks: Tensor) -> Probe:

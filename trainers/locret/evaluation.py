@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from trainers.cache_cases import CacheCase, Read
+from trainers.cache_cases import CacheCase, Reader
 from trainers.cache_evaluation import Load, measure_adapter
-from trainers.cache_rivals import SHARES, budget_of, reader, selector_cases
+from trainers.cache_rivals import SHARES, HandleReader, budget_of, selector_cases
 from trainers.evaluation import Measured, Request
 
 
@@ -34,7 +34,7 @@ def _rival_cases(model: Any, tensors: dict[str, Tensor]) -> list[CacheCase]:
 
 
 @contextmanager
-def _kept(load: Load, share: float, context: int) -> Iterator[Read]:
+def _kept(load: Load, share: float, context: int) -> Iterator[Reader]:
     with load() as handle:
         handle.use(budget=budget_of(share, context), stabilizers=0, local=0, query_first=False)
-        yield reader(handle)
+        yield HandleReader(handle)

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from modules.kv_host import attach_cache, attention_sites
 from modules.kv_host.projection import ProjectionCodec, uniform_ranks
-from trainers.cache_cases import CacheCase, Read
+from trainers.cache_cases import CacheCase, Reader
 from trainers.cache_evaluation import Load, measure_adapter
-from trainers.cache_rivals import reader
+from trainers.cache_rivals import HandleReader
 from trainers.evaluation import Measured, Request
 
 
@@ -64,22 +64,22 @@ def _rival_cases(budgets: list[str], size: int, model: Any, tensors: dict[str, T
 
 
 @contextmanager
-def _stored(load: Load, budget: str, context: int) -> Iterator[Read]:
+def _stored(load: Load, budget: str, context: int) -> Iterator[Reader]:
     with load() as handle:
         handle.use_budget(budget)
-        yield reader(handle)
+        yield HandleReader(handle)
 
 
 @contextmanager
-def _uniform(load: Load, rank: int, context: int) -> Iterator[Read]:
+def _uniform(load: Load, rank: int, context: int) -> Iterator[Reader]:
     with load() as handle:
         handle.projections.use(uniform_ranks(handle.host.sites, rank))
-        yield reader(handle)
+        yield HandleReader(handle)
 
 
 @contextmanager
-def _principal(model: Any, tensors: dict[str, Tensor], rank: int, context: int) -> Iterator[Read]:
+def _principal(model: Any, tensors: dict[str, Tensor], rank: int, context: int) -> Iterator[Reader]:
     keys, values, means = (tensors[name].to(model.device) for name in ("pca_keys", "pca_values", "pca_means"))
     codec = ProjectionCodec(keys, values, means, uniform_ranks(attention_sites(model), rank))
     with attach_cache(model, codec=codec) as handle:
-        yield reader(handle)
+        yield HandleReader(handle)
