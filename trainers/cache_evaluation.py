@@ -16,7 +16,7 @@ from data.contexts import ContextRows
 from modules.kv_host import KVHandle
 from modules.language_models import load_model
 from trainers.cache_cases import CacheCase, Reader, baseline_case, measure_cases, quality_of
-from trainers.cache_rivals import HandleReader, budget_of
+from trainers.cache_rivals import HandleReader
 from trainers.context_settings import NEEDLE
 from trainers.contexts import held_out_rows
 from trainers.evaluation import Measured, Request
@@ -27,7 +27,8 @@ Load = Callable[[], Any]
 
 _CHUNK = 64  # of the rows that show chunked reading on short contexts
 _NEEDLE_CONTEXT = 512
-_STACKED = ((1 / 4, "0.5"), (1 / 8, "0.5"), (1 / 16, "0.5"))
+_STACKED = (1 / 8, 1 / 16, 1 / 32)  # of the full cache's bytes
+_STACKED_WIDTH = "0.5"
 
 
 def measure_adapter(
@@ -64,7 +65,7 @@ def measure_adapter(
         "timing_batch": 1,
         "timing_context": settings.timing_context,
         "reference": "the backbone with its full cache",
-        "in_chunks": {"chunk": _CHUNK, **_by_case(model, mine, batches, metric, _CHUNK)},
+        "in_chunks": {"chunk": _CHUNK, **_by_case(model, cases, batches, metric, _CHUNK)},
     }
     if source == NEEDLE:
         facts["shifted"] = {
@@ -87,25 +88,27 @@ def _stacked(model: Any, load: Load, beside: str) -> list[CacheCase]:
     other, _ = _loader(model, read_manifest(folder), folder)
     return [
         CacheCase(
-            name=f"both, {share:.4g} of {width}",
+            name=f"both, {share:.4g} of the bytes",
             kind="adapter",
-            enter=partial(_both, load, other, share, width),
+            enter=partial(_both, load, other, share),
             group="both",
-            share=share * float(width),
+            share=share,
         )
-        for share, width in _STACKED
+        for share in _STACKED
     ]
 
 
 @contextmanager
-def _both(one: Load, other: Load, share: float, width: str, context: int) -> Iterator[Reader]:
-    """Both adapters at work: what one keeps is stored as the other says."""
+def _both(one: Load, other: Load, share: float, context: int) -> Iterator[Reader]:
+    """Both adapters at work: as many units as a share of the full cache's bytes holds, at half the width and a score."""
     with ExitStack() as stack:
         handles: list[KVHandle] = [stack.enter_context(load()) for load in (one, other)]
         for handle in handles:
             if hasattr(handle, "use_budget"):
-                handle.use_budget(width)
-        handles[-1].use(budget=budget_of(share, context), stabilizers=0, local=0, query_first=False)
+                handle.use_budget(_STACKED_WIDTH)
+        host = handles[-1].host
+        full, unit = host.unit_bytes(stored=False), host.unit_bytes()
+        handles[-1].use(budget=max(1, int(share * context * full / unit)), stabilizers=0, local=0, query_first=False)
         yield HandleReader(handles[-1])
 
 

@@ -21,7 +21,7 @@ def selector_cases(model: Any, shares: Sequence[float] = SHARES) -> list[CacheCa
     """Every untrained selector that the backbone allows, at every share of the tokens."""
     makers: dict[str, Callable[[], TokenSelector]] = {
         "expected attention": partial(ExpectedAttention, model),
-        "SnapKV": SnapKV,
+        "SnapKV": partial(SnapKV, window=8),  # a window of 32 would be all that the smallest budget keeps
         "KeyDiff": KeyDifference,
         "sink and window": SinkAndWindow,
         "key norm": KeyNorm,

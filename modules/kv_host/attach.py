@@ -11,7 +11,7 @@ from transformers.generation import GenerationMode
 
 from modules.contracts import Codec, Handle, TokenSelector
 from modules.generate_call import PlainGenerate
-from modules.kv_host.cache import KVCache, empty_cache
+from modules.kv_host.cache import KVCache, empty_cache, plain_groups
 from modules.kv_host.interface import NAME
 from modules.kv_host.policy import CachePolicy, PrefillStep, prefill_steps
 from modules.kv_host.roles import FeatureTap, attention_sites, rotary_frequencies, rotated_as_a_whole
@@ -87,6 +87,21 @@ class KVHost:
         for site in self.sites:
             tap = self._taps[site.index] = FeatureTap(site)
             self._hooks += [site.module.register_forward_pre_hook(_only_for_ours(tap), with_kwargs=True), *tap.start()]
+
+    def unit_bytes(self, stored: bool = True) -> int:
+        """Bytes that a token takes in all layers and heads: as it is stored, with its scores, or as the model has it."""
+        parameter = next(value for value in self.model.parameters() if value.is_floating_point())
+        total = 0
+        for site in self.sites:
+            if not stored:
+                total += 2 * site.kv_heads * site.head_dim * parameter.element_size()
+                continue
+            for group in plain_groups(site, self.codec):
+                widths = [site.head_dim if width is None else width for width in group.widths()]
+                total += len(group.heads) * sum(widths) * parameter.element_size()
+            if self.selector is not None and self.selector.causal:
+                total += 4 * site.kv_heads
+        return total
 
     def cache(self, filling: bool = False, **changes: Any) -> KVCache:
         """An empty cache, for `past_key_values=`.
