@@ -31,8 +31,8 @@ from trainers.cache_rivals import SHARES, HandleReader, budget_of, selector_case
 from trainers.contexts import held_out_rows
 
 PRESSES = (
-    "ExpectedAttentionPress", "SnapKVPress", "KeyDiffPress", "TOVAPress", "StreamingLLMPress", "KnormPress",
-    "LagKVPress", "RandomPress",
+    "ExpectedAttentionPress", "SnapKVPress", "PyramidKVPress", "KeyDiffPress", "TOVAPress", "StreamingLLMPress",
+    "KnormPress", "LagKVPress", "LeverageScorePress", "NonCausalAttnPress", "CompactorPress", "CURPress", "RandomPress",
 )  # fmt: skip
 CONTEXT = 512
 

@@ -12,6 +12,8 @@ import pytest
 from checkpoints.manifest import read_manifest
 from tests.tiny_kv import save_tiny
 from trainers import evaluate, fit
+from trainers.rows import Row
+from trainers.verdict import equal_memory_verdict, verdict_text
 
 HERE = Path(__file__).parent
 
@@ -74,3 +76,38 @@ def test_a_matryoshka_adapter_is_measured_against_pca_and_beside_locret(runs: di
     assert 0.9 * full / 16 <= both["work"]["cache_bytes"] <= full / 16
     tables = read_manifest(runs["matryoshka_kv"] / "adapter").module["ranks"]
     assert set(tables) == {"0.75", "0.5"}
+
+
+def row(name: str, kind: Any, size: float, **quality: float) -> Row:
+    return Row(
+        name=name,
+        kind=kind,
+        group=name.partition(",")[0],
+        speedup=1.0,
+        speedup_range=(1.0, 1.0),
+        latency_s=0.01,
+        work={"cache_bytes": size},
+        memory_bytes=0,
+        quality=quality,
+    )
+
+
+def test_the_verdict_compares_what_holds_as_many_bytes() -> None:
+    rows = [
+        row("full", "baseline", 1000, accuracy=1.0, perplexity=2.0),
+        row("ours, 0.1", "adapter", 100, accuracy=0.9, perplexity=3.0),
+        row("a, 0.05", "untrained", 50, accuracy=0.95, perplexity=2.5),
+        row("a, 0.1", "untrained", 104, accuracy=0.8, perplexity=4.0),
+        row("a, 0.2", "untrained", 200, accuracy=0.99, perplexity=2.1),
+        row("b, 0.5", "untrained", 500, accuracy=1.0, perplexity=2.0),
+    ]
+    verdict = equal_memory_verdict(rows, "accuracy")
+    assert [(one["name"], round(one["margin"], 6)) for one in verdict["rivals"]] == [("a, 0.1", 0.1)]
+    assert verdict["unmatched"] == ["b"] and verdict["wins"] and verdict["share"] == 0.1
+    assert "0.900 with 10.0% of the full cache's bytes" in verdict_text(verdict)
+    verdict = equal_memory_verdict(rows, "perplexity")
+    assert verdict["rivals"][0]["margin"] == 1.0 and "a, 0.1 is worse at 4.00" in verdict_text(verdict)
+    rows[3] = row("a, 0.1", "untrained", 104, accuracy=0.99, perplexity=2.0)
+    lost = equal_memory_verdict(rows, "perplexity")
+    assert not lost["wins"] and "It loses to a, 0.1" in verdict_text(lost)
+    assert equal_memory_verdict(rows[:1], "accuracy") is None

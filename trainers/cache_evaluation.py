@@ -100,7 +100,7 @@ def _stacked(model: Any, load: Load, beside: str) -> list[CacheCase]:
 
 @contextmanager
 def _both(one: Load, other: Load, share: float, context: int) -> Iterator[Reader]:
-    """Both adapters at work: as many units as a share of the full cache's bytes holds, at half the width and a score."""
+    """Both adapters at work: as many units as a share of the full bytes holds, half as wide and with scores."""
     with ExitStack() as stack:
         handles: list[KVHandle] = [stack.enter_context(load()) for load in (one, other)]
         for handle in handles:

@@ -89,7 +89,7 @@ class KVHost:
             self._hooks += [site.module.register_forward_pre_hook(_only_for_ours(tap), with_kwargs=True), *tap.start()]
 
     def unit_bytes(self, stored: bool = True) -> int:
-        """Bytes that a token takes in all layers and heads: as it is stored, with its scores, or as the model has it."""
+        """Bytes of a token in all layers and heads: as it is stored, with its scores, or as the model has it."""
         parameter = next(value for value in self.model.parameters() if value.is_floating_point())
         total = 0
         for site in self.sites:
