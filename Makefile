@@ -1,6 +1,7 @@
 # make fit | test | lint | env      Each makes the environment when it is missing.
 PYTHON ?= python3
 VENV ?= .venv
+JOBS ?= auto
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 # The stamp carries what was installed, so that only a change of the requirements installs again.
@@ -24,8 +25,9 @@ $(STAMP):
 fit: env
 	$(VENV)/bin/python -m trainers.fit recipe=ilf_pixart
 
+# One worker and one thread a core: torch's own threads would wait for one another.  JOBS=0 runs all in one process.
 test: env
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses $(JOBS) --maxprocesses 8 --dist loadfile
 
 lint: env
 	$(VENV)/bin/ruff check

@@ -57,7 +57,9 @@ class Command:
         self.log = log
         with log.open("wb") as file:
             command = [sys.executable, "-m", "trainers.fit", *words]
-            self.process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+            # Two threads would wait for each other whenever something else runs, and prolong every run manyfold.
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
         self.started = time.monotonic()
 
     def pids(self) -> list[int]:

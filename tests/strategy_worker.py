@@ -20,11 +20,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def start(root: Path, jobs: list[dict[str, Any]], ranks: int = 2, seconds: float = 500.0, device: str = "cpu") -> None:
     """Run the jobs with `ranks` processes; raises with the output where one of them failed."""
-    from trainers.processes import _free_port
+    from trainers.processes import free_port
 
     file = root / "jobs.json"
     file.write_text(json.dumps({"root": str(root), "jobs": jobs}))
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(ranks)}
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
     names = {**os.environ, **shared, "NODE_RANK": "0", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": device}
     command = [sys.executable, "-m", "tests.strategy_worker", str(file)]
     logs = [root / f"rank_{number}.log" for number in range(ranks)]

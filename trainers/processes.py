@@ -68,7 +68,7 @@ def start_others(recipe: RecipeBase, lost: Callable[[str], None]) -> list[subpro
         return []
     names = os.environ
     names.setdefault("MASTER_ADDR", "127.0.0.1")
-    names.setdefault("MASTER_PORT", str(_free_port()))
+    names.setdefault("MASTER_PORT", str(free_port()))
     names.setdefault("NODE_RANK", "0")
     names |= {"WORLD_SIZE": str(count * recipe.trainer.num_nodes), "LOCAL_RANK": "0"}
     _share_cores(count)
@@ -116,7 +116,8 @@ def _share_cores(count: int) -> None:
             sys.modules["torch"].set_num_threads(max(1, cores // count))
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
