@@ -76,7 +76,9 @@ def needle_rows(
 class Needles:
     """Rows by number, see `data.contexts.ContextSource`.
 
+    context: length of the contexts, the longest one where batches differ.
     name: what the numbers count within, as a split or a seed.
+    shortest: every batch draws its length from here to `context`; None takes that.
     """
 
     context: int
@@ -85,6 +87,7 @@ class Needles:
     style: Style = "plain"
     name: str | int = "training"
     count: int = 100_000
+    shortest: int | None = None
 
     def __len__(self) -> int:
         return self.count
@@ -92,8 +95,11 @@ class Needles:
     def rows(self, index: Tensor) -> ContextRows:
         """The rows of a batch, by the first of its numbers."""
         generator = step_generator("needles", self.name, self.style, int(index[0]))
+        context = self.context
+        if self.shortest is not None:
+            context = int(torch.randint(self.shortest, context + 1, (), generator=generator))
         settings = {"needles": self.needles, "questions": self.questions}
-        return needle_rows(len(index), self.context, generator, style=self.style, **settings)
+        return needle_rows(len(index), context, generator, style=self.style, **settings)
 
 
 def copy_rows(count: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

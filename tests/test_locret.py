@@ -224,6 +224,8 @@ def test_needles_can_be_answered_from_their_context_alone() -> None:
     source = Needles(64)
     assert torch.equal(source.rows(torch.tensor([5, 9])).input_ids, source.rows(torch.tensor([5, 9])).input_ids)
     assert not torch.equal(source.rows(torch.tensor([5])).input_ids, source.rows(torch.tensor([6])).input_ids)
+    lengths = {Needles(64, shortest=60).rows(torch.tensor([number])).context for number in range(60)}
+    assert lengths == {60, 61, 62, 63, 64}
 
 
 def test_copies_come_at_every_distance() -> None:

@@ -25,6 +25,11 @@ class ContextData(Section):
         "or stdlib: the sources of Python's standard library",
     )
     length: PositiveInt = Field(default=256, description="tokens of the context; longer prompts lose their beginning")
+    shortest: PositiveInt | None = Field(
+        default=None,
+        description="of needle: every batch draws the length of its contexts from here to length; null takes length. "
+        "What is learned at one length alone may hold at that length alone",
+    )
     following: PositiveInt = Field(default=64, description="tokens behind the context, of text")
     batch_size: PositiveInt = Field(default=8, description="rows per update and device")
     needles: PositiveInt = Field(default=8, description="needles in a row")
@@ -34,6 +39,8 @@ class ContextData(Section):
     def _pairs_come_alone(self) -> ContextData:
         if self.kind == "pairs" and self.batch_size != 1:
             raise ValueError("kind pairs has prompts of different lengths: set batch_size to 1")
+        if self.shortest is not None and (self.kind != "needle" or self.shortest > self.length):
+            raise ValueError("shortest is for kind needle, and at most length: leave it out, or lower it")
         if self.questions > self.needles:
             raise ValueError(f"{self.questions} questions ask for different ones of {self.needles} needles: ask fewer")
         return self

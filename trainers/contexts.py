@@ -23,7 +23,7 @@ def training_source(data: ContextData, model: Any, tokenizer: PreTrainedTokenize
     """
     if data.kind == NEEDLE:
         check_needles(model)
-        return Needles(data.length, data.needles, data.questions)
+        return Needles(data.length, data.needles, data.questions, shortest=data.shortest)
     records = training_records(data.path)
     if data.kind == "pairs":
         return AnsweredPrompts.of(records, tokenizer, data.length)
