@@ -17,7 +17,7 @@ from benchmarks import results
 from modules.kv_host import CachePolicy, attach_cache
 from modules.language_models import load_model
 from modules.token_selectors import SinkAndWindow
-from trainers.cache_cases import cache_bytes
+from trainers.kv_cases import cache_bytes
 from trainers.timing import peak_memory
 
 LENGTHS, BUDGET, CHUNK = (512, 2048, 8192), 256, 256

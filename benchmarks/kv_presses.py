@@ -25,10 +25,11 @@ from transformers import DynamicCache
 from afterburner import load_adapter
 from benchmarks import results
 from modules.kv_host import attention_sites
+from modules.kv_host.interface import register
 from modules.language_models import load_model
-from trainers.cache_cases import CacheCase, Reader, baseline_case, quality_of
-from trainers.cache_rivals import SHARES, HandleReader, budget_of, selector_cases
 from trainers.contexts import held_out_rows
+from trainers.kv_cases import CacheCase, Reader, baseline_case, quality_of
+from trainers.kv_rivals import SHARES, HandleReader, budget_of, selector_cases
 
 PRESSES = (
     "ExpectedAttentionPress", "SnapKVPress", "PyramidKVPress", "KeyDiffPress", "TOVAPress", "StreamingLLMPress",
@@ -44,6 +45,7 @@ def press_cases(model: Any) -> list[CacheCase]:
     except ImportError as error:
         print(f"kvpress is not here, so only this package's members are measured: {error}", file=sys.stderr)
         return []
+    register()  # kvpress has wrapped every attention function, and its wrapper reads keys as tensors
     return [
         CacheCase(name=f"kvpress {name}, {share:.4g}", kind="peer", enter=partial(_pressed, model, press, share))
         for share in SHARES

@@ -14,7 +14,7 @@ from modules.contracts import TokenSelector
 from modules.kv_host import CachePolicy, HeldUnits, NewTokens, attach_cache, attention_sites
 from modules.kv_host.roles import rotary_frequencies, rotate
 from modules.token_selectors import ExpectedAttention, KeyDifference, KeyNorm, Random, SinkAndWindow, SnapKV
-from tests.tiny_cache import CONFIGS, greedy, logits_behind, padded, some_ids, tiny_model
+from tests.tiny_kv_models import CONFIGS, greedy, logits_behind, padded, some_ids, tiny_model
 
 
 class Marked(TokenSelector):
@@ -180,14 +180,15 @@ def test_generate_reads_unseen_tokens_only_and_goes_on_at_the_right_place() -> N
 
 
 @pytest.mark.parametrize("positions", ["original", "compact"])
-def test_a_row_of_a_batch_is_as_if_it_were_alone(positions: Any) -> None:
+@pytest.mark.parametrize("chunk", [10, 11])  # 56 tokens of 11 leave a chunk of one, which is filling for most rows
+def test_a_row_of_a_batch_is_as_if_it_were_alone(positions: Any, chunk: int) -> None:
     model = tiny_model()
     rows = [some_ids(1, length, seed=length)[0] for length in (47, 60, 5, 33)]
     ids, mask = padded(rows)
     for name, selector in selectors(model).items():
-        policy = CachePolicy(budget=12, chunk=10, local=4, stabilizers=2, positions=positions)
-        with attach_cache(model, selector=selector, policy=policy):
-            together = greedy(model, ids, attention_mask=mask)
+        policy = CachePolicy(budget=12, chunk=chunk, local=4, stabilizers=2, positions=positions)
+        with attach_cache(model, selector=selector, policy=policy) as handle:
+            together = greedy(model, ids, attention_mask=mask, past_key_values=handle.cache())
             for row, mine in zip(rows, together, strict=True):
                 assert torch.equal(greedy(model, row[None])[0], mine), (name, len(row))
 
@@ -303,6 +304,19 @@ def test_bytes_are_those_of_the_storages() -> None:
         assert cache.memory_bytes() == sum(t.untyped_storage().nbytes() for t in tensors)
         # Keys, values and scores in float32 of two layers, and nothing else.
         assert cache.memory_bytes() == 2 * 3 * heads * units * (2 * size + 1) * 4
+
+
+@pytest.mark.parametrize("family", ["phi3", "mistral with a window"])
+def test_what_is_stored_hangs_on_to_nothing_else(family: str) -> None:
+    """Phi-3 cuts values out of a wider projection; a window needs places, which all heads share at first."""
+    model, ids = tiny_model(family), some_ids(1, 36)
+    numbers = 2 * 8 + 1 + (family != "phi3")
+    with attach_cache(model, selector=KeyNorm(), policy=CachePolicy(budget=12, chunk=12)) as handle:
+        assert handle.prefill(ids[:, :12]).memory_bytes() == 2 * 2 * 12 * numbers * 4
+        assert handle.prefill(ids).memory_bytes() == 2 * 2 * 12 * numbers * 4
+        ordered = handle.prefill(ids, ordered=True)
+        for mine, theirs in zip(handle.prefill(ids).layers, ordered.layers, strict=True):
+            torch.testing.assert_close(mine.units.scores.sort().values, theirs.units.scores.sort().values)
 
 
 @pytest.mark.parametrize("name", ["sink and window", "key norm", "KeyDiff", "SnapKV", "expected attention"])

@@ -18,11 +18,11 @@ from modules.kv_host import CachePolicy, attach_cache, attention_sites
 from modules.language_models import load_model
 from modules.locret import LocretConfig, LocretSelector, RetainingHeads, causal_importance, features_and_labels
 from modules.token_selectors import Random
-from tests.tiny_cache import CONFIGS, some_ids, tiny_model
 from tests.tiny_kv import save_tiny, tiny_recipe
-from trainers.cache_cases import CacheCase, baseline_case, quality_of
-from trainers.cache_rivals import HandleReader
+from tests.tiny_kv_models import CONFIGS, some_ids, tiny_model
 from trainers.contexts import held_out_rows
+from trainers.kv_cases import CacheCase, baseline_case, quality_of
+from trainers.kv_rivals import HandleReader
 from trainers.locret.task import overlap, retaining_loss
 from trainers.recipes import compose_recipe
 from trainers.run_folder import RunFolder

@@ -21,8 +21,8 @@ from modules.matryoshka_kv import (
     search_ranks,
 )
 from modules.token_selectors import ExpectedAttention, KeyNorm
-from tests.tiny_cache import CONFIGS, greedy, logits_behind, some_ids, tiny_model
 from tests.tiny_kv import save_tiny, tiny_recipe
+from tests.tiny_kv_models import CONFIGS, greedy, logits_behind, some_ids, tiny_model
 from trainers.recipes import compose_recipe
 from trainers.run_folder import RunFolder
 from trainers.training import build_task, train

@@ -103,11 +103,10 @@ class KVHost:
                 total += 4 * site.kv_heads
         return total
 
-    def cache(self, filling: bool = False, **changes: Any) -> KVCache:
+    def cache(self, **changes: Any) -> KVCache:
         """An empty cache, for `past_key_values=`.
 
         Args:
-            filling: whether some sequences of the batch will be shorter than others.
             changes: of the policy, for this cache alone.
         """
         policy = replace(self.policy, **changes)
@@ -120,7 +119,7 @@ class KVHost:
             taps=dict(self._taps),
             frequencies=frequencies,
             packed=dict(self.packed),
-            needs_positions=filling or (self.selector is not None and self.selector.needs_positions),
+            needs_positions=self.selector is not None and self.selector.needs_positions,
         )
         return self.last
 
@@ -133,7 +132,7 @@ class KVHost:
             changes: of the policy, for this cache alone.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        cache = self.cache(not bool(mask.all()), **changes)
+        cache = self.cache(**changes)
         self._read(input_ids, mask.bool(), cache, {})
         return cache
 
@@ -141,6 +140,8 @@ class KVHost:
         """Runs the columns that the cache has not seen; returns the last call's outputs."""
         seen, setting = cache.get_seq_length(), cache.setting
         offset = mask.shape[1] - input_ids.shape[1]  # a conversation may go on with its new tokens alone
+        if seen == 0 and not bool(mask.all()):
+            setting.needs_positions = True
         outputs = None
         with rotated_as_a_whole(self.model, mask.shape[1]):
             for step in prefill_steps(mask, seen, setting.policy):
@@ -185,8 +186,7 @@ class KVHost:
                 "use greedy decoding, sampling or beams, or detach the adapter"
             )
         if given is None and config.use_cache is not False:
-            mask = call.get("attention_mask")
-            call["past_key_values"] = self.cache(mask is not None and not bool(mask.all()))
+            call["past_key_values"] = self.cache()
         elif given is not None:
             self.last = given
         return self._own.plain(*rest, **call)

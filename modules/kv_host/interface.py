@@ -83,8 +83,13 @@ def _mask(**arguments: Any) -> MaskRequest:
     return MaskRequest(arguments)
 
 
-AttentionInterface.register(NAME, _attention)
-AttentionMaskInterface.register(NAME, _mask)
+def register() -> None:
+    """Makes both known to transformers; again after a library that wraps every attention function it finds."""
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, _mask)
+
+
+register()
 
 
 def set_probe(module: nn.Module, probe: Probe | None) -> None:

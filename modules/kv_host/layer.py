@@ -148,7 +148,7 @@ class KVLayer(CacheLayerMixin, CacheView):  # type: ignore[misc]
             keys = rotate(keys, shift[:, None], self.setting.frequencies)
         groups = self.setting.groups[self.index]
         incoming = self._encoded(new, keys, values, groups, window)
-        held = incoming if self.units is None else self.units.joined(incoming)
+        held = incoming.owned() if self.units is None else self.units.joined(incoming)
         found = attend(query, held, groups, self._visible(held, new, window), scaling)
         packed, share = self.setting.packed.get(self.index), query.shape[1] // keys.shape[1]
         out = restored(found, groups, share) if packed is None else packed.packed(found, groups, share)
@@ -160,11 +160,14 @@ class KVLayer(CacheLayerMixin, CacheView):  # type: ignore[misc]
     def _new_tokens(
         self, query: Tensor, keys: Tensor, values: Tensor, padding: Tensor | None, position_ids: Tensor | None
     ) -> NewTokens:
-        tokens = query.shape[2]
-        # A token that is generated is text: only what is read can be filling.
-        valid = None if padding is None or tokens == 1 else padding[:, -tokens:]
-        if valid is not None and bool(valid.all()):
-            valid = None
+        tokens, step = query.shape[2], self.setting.step
+        if step is not None:
+            valid = step.valid
+        else:
+            # A token that comes alone is a generated one: only what is read can be filling.
+            valid = None if padding is None or tokens == 1 else padding[:, -tokens:]
+            if valid is not None and bool(valid.all()):
+                valid = None
         if position_ids is None or position_ids.dim() != 2:
             position_ids = torch.arange(self.seen, self.seen + tokens, device=query.device)[None]
         taps = self.setting.taps

@@ -106,6 +106,10 @@ class Units:
         """The same change along the batch of every tensor."""
         return self._each([HeadGroup(())] * len(self.parts), lambda tensor, _: change(tensor))
 
+    def owned(self) -> Units:
+        """The same units in storages of their own size, which nothing else looks at."""
+        return self.rows(lambda tensor: tensor.clone(memory_format=torch.contiguous_format))
+
     def joined(self, new: Units) -> Units:
         """These units, then the new ones."""
         pairs = zip(self.parts, new.parts, strict=True)

@@ -15,7 +15,7 @@ from modules.locret import LocretSelector
 from tests.contract_cases.interface import ContractCase
 from tests.tiny_kv import save_tiny, tiny_recipe
 from tests.tiny_language import VOCABULARY, tiny_llama
-from trainers.cache_cases import cache_bytes
+from trainers.kv_cases import cache_bytes
 from trainers.locret.task import LocretTask
 
 CONTEXT, BUDGET = 40, 6

@@ -14,7 +14,7 @@ from modules.matryoshka_kv import rank_masks
 from tests.contract_cases.interface import ContractCase
 from tests.tiny_kv import save_tiny, tiny_recipe
 from tests.tiny_language import VOCABULARY, tiny_llama
-from trainers.cache_cases import cache_bytes
+from trainers.kv_cases import cache_bytes
 from trainers.matryoshka_kv.task import MatryoshkaTask
 
 

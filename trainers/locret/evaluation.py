@@ -9,14 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
-from trainers.cache_cases import CacheCase, Reader
-from trainers.cache_evaluation import Load, measure_adapter
-from trainers.cache_rivals import SHARES, HandleReader, budget_of, selector_cases
 from trainers.evaluation import Measured, Request
+from trainers.kv_cases import CacheCase, Reader
+from trainers.kv_evaluation import Load, measure_adapter
+from trainers.kv_rivals import SHARES, HandleReader, budget_of, selector_cases
 
 
 def measure(request: Request) -> Measured:
-    """See `trainers.cache_evaluation.measure_adapter`."""
+    """See `trainers.kv_evaluation.measure_adapter`."""
     return measure_adapter(request, _own_cases, _rival_cases)
 
 

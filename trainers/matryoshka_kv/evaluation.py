@@ -11,14 +11,14 @@ from torch import Tensor
 
 from modules.kv_host import attach_cache, attention_sites
 from modules.kv_host.projection import ProjectionCodec, uniform_ranks
-from trainers.cache_cases import CacheCase, Reader
-from trainers.cache_evaluation import Load, measure_adapter
-from trainers.cache_rivals import HandleReader
 from trainers.evaluation import Measured, Request
+from trainers.kv_cases import CacheCase, Reader
+from trainers.kv_evaluation import Load, measure_adapter
+from trainers.kv_rivals import HandleReader
 
 
 def measure(request: Request) -> Measured:
-    """See `trainers.cache_evaluation.measure_adapter`; the budget that is judged is the adapter's own."""
+    """See `trainers.kv_evaluation.measure_adapter`; the budget that is judged is the adapter's own."""
     entry = request.manifest.module
     budgets = [entry["budget"], *sorted((name for name in entry["ranks"] if name != entry["budget"]), key=float)]
     return measure_adapter(

@@ -15,11 +15,11 @@ from checkpoints.manifest import Manifest, check_valid_for, read_manifest
 from data.contexts import ContextRows
 from modules.kv_host import KVHandle
 from modules.language_models import load_model
-from trainers.cache_cases import CacheCase, Reader, baseline_case, measure_cases, quality_of
-from trainers.cache_rivals import HandleReader
 from trainers.context_settings import NEEDLE
 from trainers.contexts import held_out_rows
 from trainers.evaluation import Measured, Request
+from trainers.kv_cases import CacheCase, Reader, baseline_case, measure_cases, quality_of
+from trainers.kv_rivals import HandleReader
 from trainers.verdict import equal_memory_verdict
 
 Load = Callable[[], Any]

@@ -12,7 +12,7 @@ from torch import Tensor
 from modules.contracts import TokenSelector
 from modules.kv_host import CachePolicy, KVHandle, attach_cache
 from modules.token_selectors import ExpectedAttention, KeyDifference, KeyNorm, Random, SinkAndWindow, SnapKV
-from trainers.cache_cases import CacheCase, Reader
+from trainers.kv_cases import CacheCase, Reader
 
 SHARES = (1 / 16, 1 / 8, 1 / 4)
 
@@ -62,9 +62,9 @@ class HandleReader:
         self.handle = handle
 
     def read(self, ids: Tensor, chunk: int | None) -> Any:
-        """See `trainers.cache_cases.Reader`."""
+        """See `trainers.kv_cases.Reader`."""
         return self.handle.prefill(ids, chunk=chunk)
 
     def copied(self, cache: Any) -> Any:
-        """See `trainers.cache_cases.Reader`."""
+        """See `trainers.kv_cases.Reader`."""
         return self.handle.resume(cache)
