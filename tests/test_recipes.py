@@ -95,6 +95,24 @@ def test_a_medusa_recipe_whose_parts_disagree_is_refused(overrides: dict[str, st
     assert len(caught.value.problems) == 1
 
 
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "words"),
+    [
+        ("locret_llama3_8b", {"data.batch_size": "2"}, "kind pairs has prompts of different lengths"),
+        ("locret_needle", {"data.questions": "9"}, "9 questions ask for different ones of 8 needles"),
+        ("locret_needle", {"data.shortest": "999"}, "shortest is for kind needle, and at most length"),
+        ("locret_llama", {"data.shortest": "9"}, "shortest is for kind needle"),
+        ("locret_llama", {"module.stabilizers": "96"}, "of a budget of 96: give fewer than that"),
+        ("locret_llama", {"module.query_aware": "true", "module.local": "0"}, "say how many a question has"),
+        ("matryoshka_kv_llama", {"module.budgets": "[0.5,1.5]"}, "a list of numbers between 0 and 1"),
+    ],
+)
+def test_a_cache_recipe_whose_parts_disagree_is_refused(recipe: str, overrides: dict[str, str], words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        recipes.compose_recipe(recipe, overrides)
+    assert len(caught.value.problems) == 1
+
+
 def test_names_that_look_like_numbers_stay_names() -> None:
     assert recipes.compose_recipe("ilf_pixart", {"run": "12"}).run == "12"
     assert recipes.compose_recipe("ilf_pixart", {"run": "007"}).run == "007"
