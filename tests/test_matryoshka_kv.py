@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from modules.kv_host import attach_cache, attention_sites
+from modules.kv_host import CachePolicy, HeadGroup, attach_cache, attention_sites
+from modules.kv_host.interface import probing
 from modules.kv_host.projection import Moments, ProjectionCodec, principal_bases, uniform_ranks
 from modules.matryoshka_kv import (
     MatryoshkaConfig,
     MatryoshkaHandle,
     MatryoshkaProjections,
     draw_masks,
+    projecting_probe,
     rank_masks,
     search_ranks,
 )
@@ -80,8 +82,6 @@ class Forced(ProjectionCodec):
         super().__init__(like.keys, like.values, like.means, like.ranks)
 
     def groups(self, layer: int) -> Any:
-        from modules.kv_host import HeadGroup
-
         heads = tuple(range(self.keys.shape[1]))
         return (HeadGroup(heads, self.keys[layer], self.values[layer], self.means[layer]),)
 
@@ -140,9 +140,6 @@ class Attending:
 
     @torch.no_grad()
     def logits(self, ids: Tensor, masks: Tensor) -> Tensor:
-        from modules.kv_host.interface import probing
-        from modules.matryoshka_kv import projecting_probe
-
         codec = self.codec
         probes = {
             site.module: projecting_probe(site, torch.stack([codec.keys[i], codec.values[i]]), codec.means[i], masks[i])
@@ -215,8 +212,6 @@ def test_a_fused_projection_is_not_merged() -> None:
 def test_both_members_share_a_cache() -> None:
     model, ids = tiny_model(), some_ids(2, 60)
     codec = codec_for(turned(moments_of(model)), RAGGED)
-    from modules.kv_host import CachePolicy
-
     for order in (("selector", "codec"), ("codec", "selector")):
         parts: dict[str, Any] = {"selector": {"selector": KeyNorm(), "policy": CachePolicy(budget=12, chunk=16)},
                                  "codec": {"codec": codec}}  # fmt: skip
