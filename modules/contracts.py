@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from modules.decode_host.draft import Draft, DraftState
+    from modules.kv_host.layer import HeldUnits, NewTokens
+    from modules.kv_host.roles import AttentionSite
+    from modules.kv_host.units import HeadGroup
 
 Granularity: TypeAlias = Literal["block", "submodule", "span", "model"]
 GRANULARITIES: tuple[Granularity, ...] = ("block", "submodule", "span", "model")
@@ -135,3 +138,45 @@ class Drafter(ABC):
     @abstractmethod
     def memory_bytes(self) -> int:
         """Bytes held: learned tensors and what was remembered."""
+
+
+class TokenSelector(ABC):
+    """Decides which units of a KV cache stay: a score per token and KV head, of which the highest stay.
+
+    `causal` members score a token from itself and what came before: its score is taken once, when the token enters,
+    and never changes.  The others score everything that is held anew at every eviction.
+    """
+
+    causal: ClassVar[bool] = True
+    needs_features: ClassVar[bool] = False  # reads queries, keys and values from before their rotation
+    needs_positions: ClassVar[bool] = False  # reads the places of held units in the text
+
+    @abstractmethod
+    def score(self, new: NewTokens, held: HeldUnits | None) -> Tensor:
+        """Scores in any unit, higher stays: [B, H, T] of the new tokens, or of all held units [B, H, N] (not causal).
+
+        Args:
+            held: everything that the layer holds, the new tokens last; None for causal members.
+        """
+
+    def check(self, sites: Sequence[AttentionSite]) -> None:  # noqa: B027 - most members fit any model
+        """Raises ValueError unless it fits a model with these attention layers."""
+
+    def memory_bytes(self) -> int:
+        """Bytes of learned tensors."""
+        return 0
+
+
+class Codec(ABC):
+    """Decides how kept units are stored: which coordinates of keys and values, per layer and KV head."""
+
+    @abstractmethod
+    def groups(self, layer: int) -> Sequence[HeadGroup]:
+        """The KV heads of a layer by stored width; together all heads, each once."""
+
+    def check(self, sites: Sequence[AttentionSite]) -> None:  # noqa: B027
+        """Raises ValueError unless it fits a model with these attention layers."""
+
+    def memory_bytes(self) -> int:
+        """Bytes of the bases."""
+        return 0

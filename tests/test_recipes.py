@@ -46,7 +46,7 @@ def test_a_recipe_extends_shipped_ones_from_any_folder(tmp_path) -> None:
         ("trainer.max_steps", "many", "trainer.max_steps is 'many', expected an integer > 0"),
         ("trainer.max_steps", "true", "trainer.max_steps is true, expected an integer > 0"),
         ("trainer.devices", "two", "trainer.devices is 'two', expected an integer > 0 or auto"),
-        ("optimizer.schedule", "cosin", "optimizer.schedule is 'cosin', expected one of cosine, constant"),
+        ("optimizer.schedule", "cosin", "optimizer.schedule is 'cosin', expected one of cosine, linear, constant"),
         ("evaluate", "maybe", "evaluate is 'maybe', expected true or false"),
         ("optimizer.betas", "[0.9]", "optimizer.betas is [0.9], expected a list of 2 numbers"),
         ("seed", "[1", "seed=[1 cannot be read: put quotes inside, as 'seed=\"[1\"', or close brackets"),
@@ -92,6 +92,24 @@ def test_sections_are_checked_for_agreement() -> None:
 def test_a_medusa_recipe_whose_parts_disagree_is_refused(overrides: dict[str, str], words: str) -> None:
     with pytest.raises(ConfigError, match=words) as caught:
         recipes.compose_recipe("medusa_llama", overrides)
+    assert len(caught.value.problems) == 1
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "words"),
+    [
+        ("locret_llama3_8b", {"data.batch_size": "2"}, "kind pairs has prompts of different lengths"),
+        ("locret_needle", {"data.questions": "9"}, "9 questions ask for different ones of 8 needles"),
+        ("locret_needle", {"data.shortest": "999"}, "shortest is for kind needle, and at most length"),
+        ("locret_llama", {"data.shortest": "9"}, "shortest is for kind needle"),
+        ("locret_llama", {"module.stabilizers": "96"}, "of a budget of 96: give fewer than that"),
+        ("locret_llama", {"module.query_aware": "true", "module.local": "0"}, "say how many a question has"),
+        ("matryoshka_kv_llama", {"module.budgets": "[0.5,1.5]"}, "a list of numbers between 0 and 1"),
+    ],
+)
+def test_a_cache_recipe_whose_parts_disagree_is_refused(recipe: str, overrides: dict[str, str], words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        recipes.compose_recipe(recipe, overrides)
     assert len(caught.value.problems) == 1
 
 

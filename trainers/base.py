@@ -230,7 +230,7 @@ class FrozenBackboneTask(LightningModule):
         return self
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW on the method's groups; linear warm-up, then a cosine to zero or a constant."""
+        """AdamW on the method's groups; linear warm-up, then a cosine or a line to zero, or a constant."""
         settings, budget = self.recipe.optimizer, self.recipe.trainer
         optimizer = torch.optim.AdamW(
             self.parameter_groups(),
@@ -250,6 +250,8 @@ class FrozenBackboneTask(LightningModule):
             if settings.schedule == "constant":
                 return 1.0
             done = (step - settings.warmup_steps) / max(1, budget.max_steps - settings.warmup_steps)
+            if settings.schedule == "linear":
+                return 1 - min(1.0, done)
             return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

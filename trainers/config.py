@@ -51,8 +51,10 @@ class Optimizer(Section):
     warmup_steps: int = Field(
         default=0, ge=0, description="updates over which the learning rate rises from zero, linearly"
     )
-    schedule: Literal["cosine", "constant"] = Field(
-        default="cosine", description="course of the learning rate after warm-up: down to zero at max_steps, or flat"
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        default="cosine",
+        description="course of the learning rate after warm-up: down to zero at max_steps, along a cosine or a line, "
+        "or flat",
     )
 
 
@@ -90,6 +92,9 @@ class TrainerSection(Section):
     )
     accumulate_grad_batches: PositiveInt = Field(default=1, description="batches that make one update")
     gradient_clip: float = Field(default=1.0, ge=0, description="largest norm of the gradient; 0 does not clip")
+    clip_by: Literal["norm", "value"] = Field(
+        default="norm", description="what gradient_clip bounds: the norm of all, or every single number"
+    )
     ema: float = Field(
         default=0.0, ge=0, lt=1, description="decay of the running average that is exported; 0 keeps none"
     )
@@ -166,6 +171,14 @@ class Evaluation(Section):
         default=False,
         description="also measure a language model's plain decoding compiled by torch, where that works; on a CPU it "
         "needs a C++ compiler and a minute",
+    )
+    beside: Text | None = Field(
+        default=None,
+        description="adapter folder or Hub id of the other learned KV cache (locret, matryoshka_kv), to be measured "
+        "together with this one",
+    )
+    timing_context: PositiveInt = Field(
+        default=8192, description="tokens that a learned KV cache holds while its decoding is timed"
     )
     repeats: int = Field(default=5, ge=5, description="paired timing rounds, each with every row once")
     seed: int = Field(default=1234, description="seed of the held-out inputs and of their noise")

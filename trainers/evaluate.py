@@ -77,7 +77,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         **measured.facts,
     )
     output = _output_folder(config, adapter)
-    reports.write_report(output, report, measured.rows, measured.plotted)
+    reports.write_report(output, report, measured.rows, measured.plotted, measured.against)
     if Path(config.adapter).is_dir():  # a snapshot in the Hub's cache is not ours to change
         _refresh_adapter(adapter, manifest, report, output)
     reports.print_table(measured.rows, console)

@@ -54,13 +54,15 @@ class Measured:
         rows: one of kind baseline, the adapter first among those of its kind, the rivals.
         verdict: what they say about the adapter, see `trainers.verdict`.
         facts: how it was measured and what else was found; kept in the report under these names.
-        plotted: the quality or work that report.png draws against the speedup.
+        plotted: the quality or work that report.png draws.
+        against: what it is drawn against, the speedup or a work.
     """
 
     rows: Sequence[Row]
     verdict: dict[str, Any] | None
     facts: dict[str, Any] = field(default_factory=dict)
     plotted: str = "psnr_db"
+    against: str = "speedup"
 
 
 @dataclass(frozen=True, kw_only=True)

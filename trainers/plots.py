@@ -24,14 +24,21 @@ _STYLES: dict[Kind, tuple[str, str, float]] = {
     "peer": ("D", "#2ca02c", 45),
     "adapter": ("*", "#d62728", 260),
 }
-_METRIC_NAMES = {"psnr_db": "PSNR to the reference (dB)", "tokens_per_step": "tokens per backbone call"}
+_METRIC_NAMES = {
+    "psnr_db": "PSNR to the reference (dB)",
+    "tokens_per_step": "tokens per backbone call",
+    "speedup": "speedup over the baseline (x)",
+    "cache_bytes": "bytes held per sequence",
+}
 _LABEL_PLACES = [(x, y) for y in (5, -5, 14, -14, 23, -23) for x in (9, -9)]
 _TILE = 96
 _GAP = 4
 
 
-def plot_rows(path: Path, rows: Sequence[Row], metric: str = "psnr_db", *, title: str = "") -> None:
-    """Write a PNG of `metric`, a quality or a work, against speedup: a marker per kind, bars for ranges.
+def plot_rows(
+    path: Path, rows: Sequence[Row], metric: str = "psnr_db", *, title: str = "", against: str = "speedup"
+) -> None:
+    """Write a PNG of `metric`, a quality or a work, against speedup or a work: a marker per kind, bars for ranges.
 
     Where quality falls with speed, a line goes along the plain sampler.
     """
@@ -40,19 +47,21 @@ def plot_rows(path: Path, rows: Sequence[Row], metric: str = "psnr_db", *, title
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     plain = sorted((row for row in shown if row.kind in ("plain", "baseline")), key=lambda row: row.speedup)
-    if any(metric in row.quality for row in plain):
+    if against == "speedup" and any(metric in row.quality for row in plain):
         axes.plot(
             [row.speedup for row in plain], [_value(row, metric) for row in plain], color=_STYLES["plain"][1], alpha=0.5
         )
+    if against != "speedup":
+        axes.set_xscale("log", base=2)
     for kind, (marker, colour, size) in _STYLES.items():
         of_kind = [row for row in shown if row.kind == kind]
         if of_kind:
-            _draw_kind(axes, of_kind, metric, kind, marker, colour, size)
-    axes.set(xlabel="speedup over the baseline (x)", ylabel=_METRIC_NAMES.get(metric, metric), title=title)
+            _draw_kind(axes, of_kind, metric, against, kind, marker, colour, size)
+    axes.set(xlabel=_METRIC_NAMES[against], ylabel=_METRIC_NAMES.get(metric, metric), title=title)
     axes.margins(x=0.16, y=0.12)
     axes.grid(alpha=0.25)
     axes.legend(loc="best", framealpha=0.9)
-    _label(axes, shown, metric)
+    _label(axes, shown, metric, against)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     atomic_write(path, buffer.getvalue())
@@ -62,19 +71,26 @@ def _value(row: Row, metric: str) -> float | None:
     return row.quality.get(metric, row.work.get(metric))
 
 
-def _draw_kind(axes: Axes, rows: Sequence[Row], metric: str, kind: str, marker: str, colour: str, size: float) -> None:
-    x, y = [row.speedup for row in rows], [_value(row, metric) for row in rows]
-    spread = [
-        [row.speedup - row.speedup_range[0] for row in rows],
-        [row.speedup_range[1] - row.speedup for row in rows],
-    ]
-    axes.errorbar(x, y, xerr=spread, fmt="none", ecolor=colour, alpha=0.35, zorder=2)
+def _place(row: Row, against: str) -> float:
+    return row.speedup if against == "speedup" else row.work[against]
+
+
+def _draw_kind(
+    axes: Axes, rows: Sequence[Row], metric: str, against: str, kind: str, marker: str, colour: str, size: float
+) -> None:
+    x, y = [_place(row, against) for row in rows], [_value(row, metric) for row in rows]
+    if against == "speedup":
+        spread = [
+            [row.speedup - row.speedup_range[0] for row in rows],
+            [row.speedup_range[1] - row.speedup for row in rows],
+        ]
+        axes.errorbar(x, y, xerr=spread, fmt="none", ecolor=colour, alpha=0.35, zorder=2)
     axes.scatter(x, y, marker=marker, s=size, color=colour, label=kind, zorder=4 if kind == "adapter" else 3)
 
 
-def _label(axes: Axes, rows: Sequence[Row], metric: str) -> None:
+def _label(axes: Axes, rows: Sequence[Row], metric: str, against: str) -> None:
     """Names beside the points, each at the first place around its point where it covers neither a name nor a point."""
-    points = [(row.speedup, _value(row, metric)) for row in rows]
+    points = [(_place(row, against), _value(row, metric)) for row in rows]
     figure = axes.get_figure(root=True)
     assert figure is not None  # the axes were made from one
     figure.draw_without_rendering()  # settles the layout that the boxes are measured in

@@ -184,21 +184,33 @@ def device_name(device: torch.device) -> str:
     return f"{device.type}: {models[0] if models else platform.processor() or platform.machine()}"
 
 
-def write_report(folder: Path, report: dict[str, Any], rows: Sequence[Row], plotted: str = "psnr_db") -> None:
+def write_report(
+    folder: Path, report: dict[str, Any], rows: Sequence[Row], plotted: str = "psnr_db", against: str = "speedup"
+) -> None:
     """Write report.json, report.md, report.png and samples/grid.png into `folder`, each at once or not at all.
 
     Args:
-        plotted: the quality or work that the picture draws against the speedup.
+        plotted: the quality or work that the picture draws.
+        against: the speedup, or a work.
     """
     atomic_write(folder / "report.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
     atomic_write(folder / "report.md", markdown(report))
-    plot_rows(folder / "report.png", rows, plotted, title=f"{report['method']} on {report['backbone']}")
+    title = f"{report['method']} on {report['backbone']}"
+    plot_rows(folder / "report.png", rows, plotted, title=title, against=against)
     grid = {row.name: row.samples for row in rows if row.samples is not None and row.kind in ("baseline", "adapter")}
     if grid:
         save_grid(folder / "samples" / "grid.png", list(grid.values()), list(grid))
 
 
-_WORK = {"blocks": "blocks", "tokens_per_step": "tok/step", "tokens_per_s": "tok/s", "overhead": "step"}
+_WORK = {
+    "blocks": "blocks",
+    "tokens_per_step": "tok/step",
+    "tokens_per_s": "tok/s",
+    "overhead": "step",
+    "kept_units": "units",
+    "cache_bytes": "bytes",
+    "prefill_speedup": "prefill",
+}
 """Work that the tables show, and its heading; `overhead` is the time of a step, the baseline's being 1."""
 
 

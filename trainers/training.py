@@ -46,6 +46,7 @@ def make_trainer(recipe: RecipeBase, task: FrozenBackboneTask, folder: RunFolder
         precision=precision,
         accumulate_grad_batches=settings.accumulate_grad_batches,
         gradient_clip_val=settings.gradient_clip or None,
+        gradient_clip_algorithm=settings.clip_by,
         callbacks=callbacks_for(task, folder, console),
         plugins=[AtomicCheckpointIO(), *cluster_plugins()],
         default_root_dir=folder.path,

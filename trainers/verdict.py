@@ -10,6 +10,9 @@ from trainers.rows import Row
 _SAME_LATENCY = 0.99
 """A rival that takes at least this share of the adapter's time is equally slow: medians are no better than that."""
 
+_SAME_MEMORY = 1.05
+"""A rival may hold so much of the adapter's bytes and count as its equal."""
+
 
 def equal_latency_verdict(rows: Sequence[Row], metric: str = "psnr_db") -> dict[str, Any] | None:
     """Is the adapter closer to the reference than every rival that takes as long?
@@ -119,10 +122,85 @@ def lossless_verdict(rows: Sequence[Row], metric: str = "exact_match") -> dict[s
     }
 
 
+def equal_memory_verdict(rows: Sequence[Row], metric: str) -> dict[str, Any] | None:
+    """Is more right with the adapter's cache than with any other of as many bytes?
+
+    Of each group of rivals the row counts that holds most without holding more than the adapter (a twentieth is
+    allowed: scores and bases weigh something).
+
+    Args:
+        metric: `accuracy`, of which more is better, or `perplexity`, of which less is.
+    Returns:
+        None without an adapter row; else `adapter` (the first such row), `metric`, `value`, `full` (the baseline's
+        value), `cache_bytes`, `rivals` (each with `margin`, positive where the adapter is better, and `cache_bytes`),
+        `unmatched` (groups that hold more in every row) and `wins`.
+    """
+    adapter = next((row for row in rows if row.kind == "adapter"), None)
+    if adapter is None:
+        return None
+    sign = -1 if metric == "perplexity" else 1
+    most = _SAME_MEMORY * adapter.work["cache_bytes"]
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.kind in ("untrained", "plain", "peer"):
+            groups.setdefault(row.group or row.name, []).append(row)
+    rivals, unmatched = [], []
+    for group, members in groups.items():
+        fitting = [row for row in members if row.work["cache_bytes"] <= most]
+        if not fitting:
+            unmatched.append(group)
+            continue
+        row = max(fitting, key=lambda row: row.work["cache_bytes"])
+        rivals.append(
+            {
+                "name": row.name,
+                "group": group,
+                "kind": row.kind,
+                "latency_s": row.latency_s,
+                "value": row.quality[metric],
+                "margin": sign * (adapter.quality[metric] - row.quality[metric]),
+                "cache_bytes": row.work["cache_bytes"],
+            }
+        )
+    baseline = next(row for row in rows if row.kind == "baseline")
+    return {
+        "adapter": adapter.name,
+        "metric": metric,
+        "value": adapter.quality[metric],
+        "full": baseline.quality[metric],
+        "latency_s": adapter.latency_s,
+        "cache_bytes": adapter.work["cache_bytes"],
+        "share": adapter.work["cache_bytes"] / baseline.work["cache_bytes"],
+        "rivals": rivals,
+        "unmatched": unmatched,
+        "wins": bool(rivals) and all(rival["margin"] > 0 for rival in rivals),
+    }
+
+
+def _memory_text(verdict: dict[str, Any]) -> str:
+    digits = 2 if verdict["metric"] == "perplexity" else 3
+    sentences = [
+        f"**{verdict['adapter']}** has {verdict['metric']} {verdict['value']:.{digits}f} with {verdict['share']:.1%} "
+        f"of the full cache's bytes, which has {verdict['full']:.{digits}f}."
+    ]
+    for rival in verdict["rivals"]:
+        side = "worse" if rival["margin"] > 0 else "better" if rival["margin"] < 0 else "equally good"
+        sentences.append(f"{rival['name']} is {side} at {rival['value']:.{digits}f}.")
+    if verdict["unmatched"]:
+        sentences.append(f"No row of {', '.join(verdict['unmatched'])} holds so little.")
+    if lost := [rival["name"] for rival in verdict["rivals"] if rival["margin"] < 0]:
+        sentences.append(f"**It loses to {', '.join(lost)}: use that instead.**")
+    elif verdict["wins"]:
+        sentences.append("It is better than every rival of as many bytes.")
+    return " ".join(sentences)
+
+
 def verdict_text(verdict: dict[str, Any] | None) -> str:
     """The verdict as one paragraph for the report and the card."""
     if verdict is None:
         return "There is no adapter among the rows, so there is nothing to compare."
+    if "cache_bytes" in verdict:
+        return _memory_text(verdict)
     if verdict["metric"] == "speedup":
         return _lossless_text(verdict)
     unit = " dB" if verdict["metric"].endswith("_db") else ""

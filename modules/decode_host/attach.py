@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from functools import partial
 from typing import Any
 
@@ -13,6 +12,7 @@ from modules.decode_host.counts import Counts
 from modules.decode_host.generate import MODES, DraftedDecoding
 from modules.decode_host.masks import windows_of
 from modules.decode_host.rules import Rule
+from modules.generate_call import PlainGenerate
 
 
 class DecodeHandle(Handle):
@@ -29,11 +29,8 @@ class DecodeHandle(Handle):
 
     def __init__(self, model: Any, decoding: DraftedDecoding) -> None:
         super().__init__()
-        if "generate" in vars(model):
-            raise ValueError("the model's generate is replaced already: detach what did it, or join drafters by Hybrid")
         self.drafter = decoding.drafter
-        self._model, self._plain, self._decoding = model, model.generate, decoding
-        self._signature = inspect.signature(self._plain)
+        self._own, self._model, self._decoding = PlainGenerate(model), model, decoding
         model.generate = self._generate
 
     @property
@@ -52,20 +49,14 @@ class DecodeHandle(Handle):
             self._model = None
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
-        named = self._signature.bind(*args, **kwargs).arguments
-        rest = named.pop("args", ())  # a wrapper's, whose own arguments have no names
-        call = {**named, **named.pop("kwargs", {})}
-        config, _ = self._model._prepare_generation_config(
-            call.get("generation_config"),
-            **{name: value for name, value in call.items() if name != "generation_config"},
-        )
+        rest, call, config = self._own.read(args, kwargs)
         if (
             call.get("custom_generate") is None
             and config.get_generation_mode(call.get("assistant_model")) in MODES
             and not self._model.config.is_encoder_decoder
         ):
             call = self._prepared(config, call)
-        return self._plain(*rest, **call)
+        return self._own.plain(*rest, **call)
 
     def _prepared(self, config: Any, call: dict[str, Any]) -> dict[str, Any]:
         # transformers hands a custom_generate neither the streamer nor the tokenizer that stop strings need.

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 
+from trainers.backbones.needle import publish_needle
 from trainers.backbones.publish import publish_dit, publish_pixart
 from trainers.backbones.publish_llama import MINUTES, publish_llama
 
-NAMES = ("pixart", "dit", "llama")
+NAMES = ("pixart", "dit", "llama", "needle")
 USAGE = f"usage: python -m trainers.backbones {{{','.join(NAMES)}}} out=FOLDER [minutes={MINUTES} (llama)]"
 
 
@@ -32,6 +33,8 @@ def main(argv: list[str]) -> int:
     torch.manual_seed(0)
     if name == "llama":
         publish_llama(out, minutes)
+    elif name == "needle":
+        publish_needle(out)
     elif name == "dit":
         publish_dit(out)
     else:

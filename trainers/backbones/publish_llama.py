@@ -7,7 +7,7 @@ import platform
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from data.prompts import held_out_prompts
 from data.stdlib_text import held_out_documents, training_documents
@@ -24,7 +24,7 @@ def publish_llama(out: Path, minutes: float = MINUTES) -> None:
     """Trains both models, or goes on with training them, and writes `out` and `<out>_draft`."""
     material, model, draft = made(out.with_name(f"{out.name}.state"), minutes)
     beside = out.with_name(f"{out.name}_draft")
-    model, draft = _written(model, material, out), _written(draft, material, beside)
+    model, draft = written(model, material.tokenizer, out), written(draft, material.tokenizer, beside)
     quality, (repeated, real) = material.quality(model), material.repeats(model)
     lines = {
         "held-out bits per byte": f"{quality.bits_per_byte:.3f}",
@@ -38,7 +38,8 @@ def publish_llama(out: Path, minutes: float = MINUTES) -> None:
         "A causal language model of the Python standard library's sources and of the language reference behind "
         "`help()`. A hash of its name chooses what is held out (`data/stdlib_text.py`)."
     )
-    _write_card(out, text, lines, model, f"{minutes:g}", _samples(model, material))
+    remade = f"llama out=FOLDER minutes={minutes:g}` (minutes of one core for the backbone, a sixth more for the draft)"
+    write_language_card(out, text, lines, model, remade, _samples(model, material))
     drafted = material.quality(draft)
     lines = {
         "held-out bits per byte": f"{drafted.bits_per_byte:.3f}",
@@ -48,15 +49,14 @@ def publish_llama(out: Path, minutes: float = MINUTES) -> None:
     text = (
         "The companion of `embedded:llama` for assisted decoding, distilled from it on the same text; same tokenizer."
     )
-    _write_card(beside, text, lines, draft, f"{minutes:g}", "")
+    write_language_card(beside, text, lines, draft, remade, "")
 
 
-def _written(model: LlamaForCausalLM, material: Material, out: Path) -> LlamaForCausalLM:
+def written(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> LlamaForCausalLM:
     """Weights rounded to bfloat16 on disk, read back as everyone reads them: float32."""
-    end, pad = material.tokenizer.eos_token_id, material.tokenizer.pad_token_id
-    model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=pad)
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     model.to(torch.bfloat16).save_pretrained(out)
-    material.tokenizer.save_pretrained(out)
+    tokenizer.save_pretrained(out)
     # Without it transformers would compute in the dtype of the file.
     config = json.loads((out / "config.json").read_text(encoding="utf-8")) | {"dtype": "float32"}
     atomic_write(out / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -92,9 +92,16 @@ def _fenced(text: str) -> str:
     return "~~~~\n" + text.replace("~~~~", "~~~").rstrip("\n") + "\n~~~~"
 
 
-def _write_card(
-    out: Path, text: str, lines: dict[str, str], model: LlamaForCausalLM, minutes: str, samples: str
+def write_language_card(
+    out: Path,
+    text: str,
+    lines: dict[str, str],
+    model: LlamaForCausalLM,
+    remade: str,
+    samples: str,
+    tokens: str = "byte-level BPE",
 ) -> None:
+    """The card of an embedded language model; `remade` ends the sentence of the command that remakes it."""
     config = model.config
     parameters = sum(parameter.numel() for parameter in model.parameters())
     rows = "\n".join(f"| {key} | {value} |" for key, value in lines.items())
@@ -107,15 +114,15 @@ pipeline_tag: text-generation
 
 {text}
 {config.num_hidden_layers} layers of width {config.hidden_size}, {config.num_attention_heads} query and \
-{config.num_key_value_heads} key-value heads, {parameters:,} parameters with tied embeddings, {config.vocab_size} \
-tokens (byte-level BPE), context {config.max_position_embeddings}.
+{config.num_key_value_heads} key-value heads, {parameters:,} parameters with \
+{"tied" if config.tie_word_embeddings else "untied"} embeddings, {config.vocab_size} \
+tokens ({tokens}), context {config.max_position_embeddings}.
 
 | | |
 |---|---|
 {rows}
 
-Remade by `python -m trainers.backbones llama out=FOLDER minutes={minutes}` (minutes of one core for the backbone, a
-sixth more for the draft); these weights and numbers come from torch {torch.__version__} and Python \
-{platform.python_version()} on {platform.machine()}.
+Remade by `python -m trainers.backbones {remade}; these weights and numbers come from \
+torch {torch.__version__} and Python {platform.python_version()} on {platform.machine()}.
 {samples}"""
     atomic_write(out / "README.md", card)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from functools import cache, partial
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from modules.language_models import load_model
 from modules.medusa import MedusaConfig, MedusaHeads, OutputLayer
 from trainers import distill
 from trainers.config import DistillConfig
+from trainers.devices import training_device
 from trainers.medusa.prompts import prompts_for
 from trainers.medusa.task import MedusaTask
 from trainers.schemas.medusa import Recipe
@@ -32,7 +32,7 @@ def build_task(recipe: Recipe) -> MedusaTask:
     """
     backbone, data = recipe.backbone, recipe.data
     model, tokenizer = load_model(backbone.name, backbone.revision, backbone.dtype)
-    model.to(_device(recipe))
+    model.to(training_device(recipe))
     pad = int(tokenizer.pad_token_id)
     text = cache(partial(_blocks, recipe, tokenizer))
     layer = OutputLayer.of(model)
@@ -92,10 +92,3 @@ def most_frequent(blocks: Blocks, count: int, vocabulary: int) -> Tensor:
         raise ValueError(f"module.draft_vocab_size is {count}, but the backbone knows {vocabulary} tokens")
     often = torch.bincount(blocks.labels[blocks.labels != IGNORED], minlength=vocabulary)
     return torch.sort(often, descending=True, stable=True).indices[:count].sort().values
-
-
-def _device(recipe: Recipe) -> torch.device:
-    """Where this process trains: the backbone may decode before Lightning moves anything."""
-    if recipe.trainer.accelerator == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

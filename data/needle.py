@@ -1,0 +1,134 @@
+"""Needles in a stream of noise: key-value pairs that are asked for at the end, and the copying task before it.
+
+A row is noise with needles `(marker, key, value)` at random places, then questions `(ask, key, value)`; what is to be
+predicted is the value after each question.  Everything is a function of the generator that is given.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from data.contexts import ContextRows
+from data.stepped import step_generator
+from data.text import IGNORED
+
+END, PAD, ASK = 0, 1, 2
+MARKERS = range(3, 7)
+KEYS = range(7, 39)
+VALUES = range(39, 71)
+NOISE = range(71, 135)
+VOCABULARY = NOISE.stop
+
+Style = Literal["plain", "shifted", "any"]
+"""Which half of the markers and of the noise a row draws from; `any` draws from all of them."""
+
+_HALVES = {"plain": (0.0, 0.5), "shifted": (0.5, 1.0), "any": (0.0, 1.0)}
+
+
+def words() -> list[str]:
+    """What each token is called, in the order of their ids."""
+    groups = (("marker", MARKERS), ("key", KEYS), ("value", VALUES), ("noise", NOISE))
+    return ["<end>", "<pad>", "ask", *(f"{name}{number}" for name, ids in groups for number in range(len(ids)))]
+
+
+def needle_rows(
+    count: int,
+    context: int,
+    generator: torch.Generator,
+    *,
+    needles: int = 8,
+    questions: int = 8,
+    style: Style = "plain",
+) -> ContextRows:
+    """`count` rows; keys are different within a row, and the questions ask for different ones of them.
+
+    What is to be predicted is each question's last token.
+
+    Raises:
+        ValueError: more needles than keys or than fit the context, or more questions than needles.
+    """
+    if not 1 <= questions <= needles <= len(KEYS) or 3 * needles > context:
+        raise ValueError(
+            f"{questions} questions about {needles} needles in {context} tokens: give 1 to {len(KEYS)} needles of 3 "
+            "tokens each, and no more questions than needles"
+        )
+    noise, markers = _half(NOISE, style), _half(MARKERS, style)
+    ids = _draw(noise, (count, context), generator)
+    keys = _different(len(KEYS), needles, count, generator) + KEYS.start
+    values = _draw(VALUES, (count, needles), generator)
+    # Sorted different numbers below context - 2 needles, spread by 2 each, leave three tokens for every needle.
+    starts = _different(context - 2 * needles, needles, count, generator).sort(1).values + 2 * torch.arange(needles)
+    for offset, tokens in enumerate((_draw(markers, (count, needles), generator), keys, values)):
+        ids.scatter_(1, starts + offset, tokens)
+    asked = _different(needles, questions, count, generator)
+    answers = values.gather(1, asked)
+    tail = torch.stack([torch.full_like(asked, ASK), keys.gather(1, asked), answers], dim=2).flatten(1)
+    labels = torch.full((count, context + 3 * questions), IGNORED)
+    labels[:, context + 2 :: 3] = answers
+    return ContextRows(torch.cat([ids, tail], dim=1), labels, context)
+
+
+@dataclass(frozen=True)
+class Needles:
+    """Rows by number, see `data.contexts.ContextSource`.
+
+    context: length of the contexts, the longest one where batches differ.
+    name: what the numbers count within, as a split or a seed.
+    shortest: every batch draws its length from here to `context`; None takes that.
+    """
+
+    context: int
+    needles: int = 8
+    questions: int = 8
+    style: Style = "plain"
+    name: str | int = "training"
+    count: int = 100_000
+    shortest: int | None = None
+
+    def __len__(self) -> int:
+        return self.count
+
+    def rows(self, index: Tensor) -> ContextRows:
+        """The rows of a batch, by the first of its numbers."""
+        generator = step_generator("needles", self.name, self.style, int(index[0]))
+        context = self.context
+        if self.shortest is not None:
+            context = int(torch.randint(self.shortest, context + 1, (), generator=generator))
+        settings = {"needles": self.needles, "questions": self.questions}
+        return needle_rows(len(index), context, generator, style=self.style, **settings)
+
+
+def copy_rows(count: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Ids and labels [count, length]: a random segment comes again at a random distance, to be predicted.
+
+    With one distance for all a model would learn the distance, not to look for what came before.
+    """
+    size = length // 4
+    ids = _draw(range(KEYS.start, NOISE.stop), (count, length), generator)
+    first = torch.randint(0, length - 2 * size + 1, (count,), generator=generator)
+    room = length - size - (first + size)
+    second = first + size + (torch.rand(count, generator=generator) * (room + 1)).long()
+    place = torch.arange(size)
+    segment = ids.gather(1, first[:, None] + place)
+    ids.scatter_(1, second[:, None] + place, segment)
+    labels = torch.full_like(ids, IGNORED)
+    labels.scatter_(1, second[:, None] + place[1:], segment[:, 1:])  # nothing announces the first token
+    return ids, labels
+
+
+def _half(ids: range, style: Style) -> range:
+    first, last = _HALVES[style]
+    return range(ids.start + round(first * len(ids)), ids.start + round(last * len(ids)))
+
+
+def _draw(ids: range, shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    return torch.randint(ids.start, ids.stop, shape, generator=generator)
+
+
+def _different(below: int, count: int, rows: int, generator: torch.Generator) -> Tensor:
+    """[rows, count] numbers below `below`, different within a row."""
+    return torch.rand(rows, below, generator=generator).topk(count, dim=1).indices

@@ -1,0 +1,222 @@
+"""Measures caches against one another: what can be predicted from what is left, bytes really held, time."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import DynamicCache
+
+from data.contexts import ContextRows
+from data.stepped import step_generator
+from data.text import IGNORED
+from modules.kv_host import KVCache
+from trainers.config import Evaluation
+from trainers.rows import Kind, Row
+from trainers.timing import Timing, alternate, peak_memory
+
+
+class Reader(Protocol):
+    """How a case reads contexts."""
+
+    def read(self, ids: Tensor, chunk: int | None) -> Any:
+        """The cache after reading ids [B, C], so many at a time or all at once."""
+
+    def copied(self, cache: Any) -> Any:
+        """A cache of this case, to go on from without changing it."""
+
+
+TIMED_CHUNK = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheCase:
+    """One way to keep a context.
+
+    Attributes:
+        enter: given the length of the context, sets the shared model up, yields how a context is read, and undoes it.
+        group: cases of one group are one method at several sizes.
+        share: of the tokens, or of the width, that is kept.
+    """
+
+    name: str
+    kind: Kind
+    enter: Callable[[int], AbstractContextManager[Reader]]
+    group: str = ""
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a case makes of contexts.
+
+    accuracy: share of the following tokens, those that are asked for, that are the model's first choice.
+    perplexity: of them.
+    units: mean over the layers of units per head after reading.  bytes: of one row's cache.  peak: most units.
+    """
+
+    accuracy: float
+    perplexity: float
+    units: float
+    bytes: float
+    peak: int
+
+
+@torch.no_grad()
+def quality_of(model: Any, case: CacheCase, batches: Sequence[ContextRows], chunk: int | None = None) -> Kept:
+    """Reads every context, cuts it down, and predicts what follows from what is left."""
+    nats, hits, count, units, size, rows, peak = 0.0, 0, 0, 0.0, 0, 0, 0
+    with case.enter(batches[0].context) as reader:
+        for batch in batches:
+            ids = batch.input_ids.to(model.device)
+            cache = reader.read(ids[:, : batch.context], chunk)
+            size += cache_bytes(cache)
+            held = cache.units() if isinstance(cache, KVCache) else [cache.get_seq_length()]
+            units += len(batch) * sum(held) / len(held)
+            peak = max(peak, *(cache.peak_units() if isinstance(cache, KVCache) else held))
+            place = torch.arange(batch.context, ids.shape[1], device=ids.device).expand(len(ids), -1)
+            call = {"past_key_values": cache, "position_ids": place, "use_cache": True}
+            logits = model(input_ids=ids[:, batch.context :], **call).logits[:, :-1]
+            wanted = batch.labels[:, batch.context + 1 :].to(model.device)
+            asked = wanted != IGNORED
+            logits, wanted = logits[asked].float(), wanted[asked]
+            nats += float(functional.cross_entropy(logits, wanted, reduction="sum"))
+            hits += int((logits.argmax(-1) == wanted).sum())
+            count, rows = count + len(wanted), rows + len(batch)
+    return Kept(hits / count, math.exp(nats / count), units / rows, size / rows, peak)
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of the storages that a cache holds."""
+    if isinstance(cache, KVCache):
+        return cache.memory_bytes()
+    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values) if tensor is not None]
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+
+def measure_cases(
+    model: Any,
+    cases: Sequence[CacheCase],
+    batches: Sequence[ContextRows],
+    *,
+    settings: Evaluation,
+    notify: Callable[[str], None] = lambda _: None,
+) -> list[Row]:
+    """Quality on held-out contexts, each read at once; time and peak memory on one long context of random tokens.
+
+    The rows' speedup is that of decoding: `new_tokens` calls of the model behind `timing_context` held or evicted
+    tokens, the cases alternating (`trainers.timing.alternate`).  Prefill is timed of the baseline and of adapters.
+
+    Args:
+        cases: the first one is the baseline.
+        settings: `timing_context`, `new_tokens`, `repeats` and `seed` are used.
+    """
+    kept = {}
+    for number, case in enumerate(cases, 1):
+        notify(f"quality of {case.name} ({number}/{len(cases)})")
+        kept[case.name] = quality_of(model, case, batches)
+    generator = step_generator("timing", settings.seed)
+    vocabulary = int(model.config.vocab_size)
+    ids = torch.randint(2, vocabulary, (1, settings.timing_context), generator=generator).to(model.device)
+    notify(f"reading {settings.timing_context} tokens, {settings.repeats} rounds")
+    timed = {"baseline": cases[0].name, "device": model.device, "rounds": settings.repeats, "seed": settings.seed}
+    own = [case for case in cases if case.kind in ("baseline", "adapter")]
+    prefill = alternate({case.name: _prefill(case, ids) for case in own}, **timed)
+    memory = {case.name: _peak(case, ids, model.device) for case in cases}
+    notify(f"decoding {settings.new_tokens} tokens in {len(cases)} ways, {settings.repeats} rounds")
+    caches = {}
+    for case in cases:
+        with case.enter(ids.shape[1]) as reader:
+            caches[case.name] = reader.read(ids, TIMED_CHUNK)
+    prepared = {case.name: _decode(model, case, caches[case.name], ids, settings.new_tokens) for case in cases}
+    decode = alternate(prepared, **timed)
+    return [
+        _row(case, kept[case.name], prefill.get(case.name), decode[case.name], memory[case.name], settings.new_tokens)
+        for case in cases
+    ]
+
+
+def _row(case: CacheCase, kept: Kept, prefill: Timing | None, decode: Timing, memory: int, tokens: int) -> Row:
+    read = {} if prefill is None else {"prefill_speedup": prefill.speedup}
+    return Row(
+        name=case.name,
+        kind=case.kind,
+        group=case.group or case.name,
+        speedup=decode.speedup,
+        speedup_range=decode.speedup_range,
+        latency_s=decode.latency_s / tokens,
+        work={
+            "kept_units": kept.units,
+            "cache_bytes": kept.bytes,
+            **read,
+            "tokens_per_s": tokens / decode.latency_s,
+        },
+        memory_bytes=memory,
+        quality={"accuracy": kept.accuracy, "perplexity": kept.perplexity},
+    )
+
+
+def _prefill(case: CacheCase, ids: Tensor) -> Callable[[], AbstractContextManager[Callable[[], object]]]:
+    @contextmanager
+    def prepare() -> Iterator[Callable[[], object]]:
+        with case.enter(ids.shape[1]) as reader:
+            yield lambda: reader.read(ids, TIMED_CHUNK)
+
+    return prepare
+
+
+def _decode(
+    model: Any, case: CacheCase, cache: Any, ids: Tensor, tokens: int
+) -> Callable[[], AbstractContextManager[Callable[[], object]]]:
+    @torch.no_grad()
+    def decode(own: Any) -> None:
+        token = ids[:, -1:]
+        for _ in range(tokens):
+            token = model(input_ids=token, past_key_values=own, use_cache=True).logits.argmax(-1)
+
+    @contextmanager
+    def prepare() -> Iterator[Callable[[], object]]:
+        with case.enter(ids.shape[1]) as reader:
+            own = reader.copied(cache)
+            yield lambda: decode(own)
+
+    return prepare
+
+
+def _peak(case: CacheCase, ids: Tensor, device: torch.device) -> int:
+    with _prefill(case, ids)() as call:
+        return peak_memory(call, device)
+
+
+class _Full:
+    """transformers' own cache."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    @torch.no_grad()
+    def read(self, ids: Tensor, chunk: int | None) -> Any:
+        cache = DynamicCache(config=self.model.config)
+        for part in ids.split(chunk or ids.shape[1], dim=1):
+            self.model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return cache
+
+    def copied(self, cache: Any) -> Any:
+        return copy.deepcopy(cache)
+
+
+def baseline_case(model: Any) -> CacheCase:
+    """transformers' own cache, which keeps everything."""
+
+    @contextmanager
+    def enter(context: int) -> Iterator[Reader]:
+        yield _Full(model)
+
+    return CacheCase(name="full cache", kind="baseline", enter=enter)
