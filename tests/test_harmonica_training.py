@@ -171,7 +171,7 @@ def test_training_reaches_its_budget_and_chooses_far_better_than_chance(tmp_path
     task = trained(
         "embedded:dit", tmp_path / "run", **changes, data__inputs="64", data__batch_size="8",
         objective__target_compute="0.5", objective__refresh="270", objective__beta="1e-6", objective__beta_rate="1.0",
-        optimizer__lr="0.1", trainer__max_steps="540", trainer__save_every="540",
+        optimizer__lr="0.1", trainer__max_steps="900", trainer__save_every="900",
     )  # fmt: skip
     router, steps = task.learned.router, 10
     assert float(router.mask().float().mean()) == pytest.approx(0.5, abs=0.02)
