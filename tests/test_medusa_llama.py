@@ -8,9 +8,13 @@ import pytest
 import torch
 
 from data.prompts import CATEGORIES, held_out_prompts
+from data.records import tokenize, training_records
+from data.text import pack
 from modules.language_models import load_model
 from modules.medusa import MedusaConfig, MedusaHeads, OutputLayer, attach_heads
 from modules.medusa.heads import MedusaHead
+from modules.medusa.output_layer import last_hidden_state
+from trainers.medusa.objective import head_loss
 
 pytestmark = pytest.mark.slow
 PROMPTS, NEW, NODES = 200, 24, [[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0], [0, 0, 1], [0, 0, 0, 0]]
@@ -46,10 +50,44 @@ def heads_that(kind: str, layer: OutputLayer) -> MedusaHeads:
     return heads.requires_grad_(False).eval()
 
 
+def trained_heads(model: Any, layer: OutputLayer, steps: int = 40) -> MedusaHeads:
+    """Heads that learned for a moment from the sources that the model learned from."""
+    tokenizer = load_model("embedded:llama")[1]
+    documents = [tokenize(record, tokenizer) for record in training_records("stdlib")[:60]]
+    blocks = pack(documents, 256, int(tokenizer.pad_token_id))
+    heads = heads_that("untrained", layer).requires_grad_(True)
+    optimizer = torch.optim.AdamW(heads.parameters(), lr=5e-3)
+    for step in range(steps):
+        few = blocks.select((torch.arange(4) + 4 * step) % len(blocks))
+        with torch.no_grad():
+            hidden = last_hidden_state(model, **few.model_inputs())
+        losses = [head_loss(heads, k, hidden, few, layer, kind="ce", eta=0.0, rows=1024).loss for k in range(4)]
+        torch.stack(losses).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return heads.requires_grad_(False)
+
+
 @pytest.mark.parametrize("kind", ["untrained", "random", "adversarial"])
 def test_greedy_text_is_that_of_plain_decoding(plain: Any, kind: str) -> None:
     model, layer, prompts, want = plain
     with attach_heads(model, heads_that(kind, layer), layer) as handle:
         got = [decode(model, ids) for ids in prompts]
         assert 1 <= handle.counts.tokens_per_step <= 5
+    assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
+
+
+@pytest.fixture(scope="module")
+def trained(plain: Any) -> MedusaHeads:
+    model, layer, *_ = plain
+    return trained_heads(model, layer)
+
+
+@pytest.mark.parametrize("tree", [NODES, [[0], [0, 0], [0, 0, 0], [0, 0, 0, 0]], [[rank] for rank in range(24)]])
+def test_trained_heads_and_any_tree_leave_the_text_as_it_is(plain: Any, trained: Any, tree: list[list[int]]) -> None:
+    model, layer, prompts, want = plain
+    with attach_heads(model, trained, layer) as handle:
+        handle.medusa.use_tree(tree)
+        got = [decode(model, ids) for ids in prompts]
+        assert handle.counts.tokens_per_step > 1.3
     assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
