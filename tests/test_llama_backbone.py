@@ -187,7 +187,9 @@ def test_a_token_loops_where_it_closes_six_that_were_said_before() -> None:
 )
 def test_a_wrong_command_is_told_its_usage(argv: list[str], capsys: Any) -> None:
     assert command.main(argv) == 2
-    assert capsys.readouterr().err.startswith("usage: python -m trainers.backbones {pixart,dit,llama} out=FOLDER")
+    assert capsys.readouterr().err.startswith(
+        "usage: python -m trainers.backbones {pixart,dit,llama,needle} out=FOLDER"
+    )
 
 
 # What is shipped.
