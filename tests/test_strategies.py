@@ -86,7 +86,7 @@ def state_of(folder: Path) -> dict[str, Tensor]:
 def furthest(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     """Largest difference of any element."""
     assert one.keys() == other.keys()
-    return max((one[name] - other[name]).abs().max().item() for name in one)
+    return max((one[name].double() - other[name].double()).abs().max().item() for name in one)
 
 
 def told(folder: Path, name: str, rank: int = 0) -> dict[str, Any]:

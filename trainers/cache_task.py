@@ -20,6 +20,7 @@ from data.trajectories import Trajectories, record_trajectories
 from modules.guards import sampler_entry
 from modules.learned_cache import CacheHandle, Sampling
 from modules.pipelines import DiffusionDriver, driver, load_pipeline
+from modules.sites import block_stack
 from trainers.base import FrozenBackboneTask
 from trainers.config import RecipeBase
 from trainers.image_quality import psnr_db
@@ -104,6 +105,10 @@ class CacheTask(FrozenBackboneTask):
     def without_hooks(self) -> Iterator[None]:
         """Takes away what a method keeps attached while it trains."""
         yield
+
+    def runs_past_hooks(self) -> Sequence[nn.Module]:
+        """The first block, whose time embedding diffusers' DiT calls from outside the block."""
+        return [block_stack(self.running.transformer).blocks[0]]
 
     # Sampling and export.
 

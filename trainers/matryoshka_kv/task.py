@@ -119,10 +119,18 @@ class MatryoshkaTask(FrozenBackboneTask):
         """Every `sample_every` updates: the divergence at some ranks."""
         every = self.settings.trainer.sample_every
         if every and self.steps_done % every == 0:
-            size, measure = self.learned.head_dim, self._divergence()
-            for eighths in _WATCHED:
-                rank = max(self.interval, size * eighths // 8 // self.interval * self.interval)
-                self.note(**{f"kl_at_{rank}": torch.tensor(measure(torch.full(self.shape[:3], rank)))})
+            with self.consolidated():
+                size, measure = self.learned.head_dim, self._divergence()
+                for eighths in _WATCHED:
+                    rank = max(self.interval, size * eighths // 8 // self.interval * self.interval)
+                    self.note(**{f"kl_at_{rank}": torch.tensor(measure(torch.full(self.shape[:3], rank)))})
+
+    def on_train_end(self) -> None:
+        """Where only all ranks can run the backbone, they search the ranks while they are all there."""
+        super().on_train_end()
+        if not self.backbone_is_whole:
+            with self.consolidated():
+                self.tables()
 
     def tables(self) -> dict[str, Any]:
         """Ranks by budget, of the present weights."""

@@ -93,6 +93,11 @@ class Recipe(RecipeBase):
     @model_validator(mode="after")
     def _parts_agree(self) -> Recipe:
         objective, steps = self.objective, self.module.steps
+        if self.trainer.strategy.startswith("deepspeed"):
+            raise ValueError(
+                f"trainer.strategy {self.trainer.strategy} steps all rows of the table in every update, where one row "
+                "has a gradient: set it to ddp or fsdp; what learns is a few kilobytes"
+            )
         if steps < 2:
             raise ValueError("module.steps is 1: a cache needs a step before the one that reuses")
         shares = [*self.module.compute, *([] if objective.target_compute is None else [objective.target_compute])]

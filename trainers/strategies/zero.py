@@ -148,7 +148,12 @@ class ZeRO(DeepSpeedStrategy):
         """The learned part's whole float32 tensors by name; every rank must ask."""
         learned = self.task.learned
         found = {name: self._gather(value) for name, value in learned.named_parameters()}
-        return {**found, **dict(learned.named_buffers())}
+        return {**found, **self._buffers()}
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """The learned part's buffers that belong into a checkpoint, whole on every rank."""
+        stored = self.task.learned.state_dict().keys()
+        return {name: buffer for name, buffer in self.task.learned.named_buffers() if name in stored}
 
     def whole_learned(self) -> nn.Module:
         """A plain copy of the learned part with its whole tensors; every rank must ask."""
@@ -196,7 +201,7 @@ class ZeRO(DeepSpeedStrategy):
                     parameter.copy_(value)
             flat, here, there = self._share(parameter)
             flat.data[here].copy_(value.flatten()[there])
-        for name, buffer in self.task.learned.named_buffers():
+        for name, buffer in self._buffers().items():
             buffer.copy_(state[f"learned.{name}"])
         self._keep_whole()
 
