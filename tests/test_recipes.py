@@ -81,8 +81,8 @@ def test_sections_are_checked_for_agreement() -> None:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        ({"module.vocabulary": "pruned"}, "vocabulary pruned needs draft_vocab_size"),
-        ({"module.rank": "8"}, "rank is for vocabulary low_rank, not for own"),
+        ({"module.draft_vocab_size": "null"}, "vocabulary pruned needs draft_vocab_size"),
+        ({"module.rank": "8"}, "rank is for vocabulary low_rank, not for pruned"),
         ({"lora.rank": "4", "trainer.ema": "0.9"}, "trainer.ema averages the heads alone"),
         ({"lora.rank": "4", "lora.heads_first": "999"}, "LoRA would not train"),
         ({"data.path": "x.jsonl"}, "run python -m trainers.distill"),
