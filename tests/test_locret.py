@@ -257,7 +257,7 @@ def test_windows_and_answered_prompts() -> None:
 
 @pytest.mark.slow
 def test_trained_heads_keep_what_will_be_asked_for(tmp_path: Path) -> None:
-    task = build_task(compose_recipe("locret_needle", {"trainer.max_steps": "150", "logger": "none"}))
+    task = build_task(compose_recipe("locret_needle", {"trainer.max_steps": "400", "logger": "none"}))
     model, tokenizer = load_model("embedded:needle")
     rows = held_out_rows("needle", tokenizer, 512, 32, 16)
     full = quality_of(model, baseline_case(model), rows).accuracy
