@@ -67,7 +67,7 @@ def test_streams_read_and_rebuild_what_a_block_takes_and_returns(block: type[nn.
     want = (hidden, text)[: 1 + double]
     assert streams.read((), {"hidden_states": hidden, "encoder_hidden_states": text}) == want
     output = (text, hidden) if double else hidden
-    assert streams.unpack(output) == want and streams.pack(streams.unpack(output)) == output
+    assert streams.unpack(output) == want and streams.pack(streams.unpack(output), {}) == output
     arguments = list(inspect.signature(block.forward).parameters)[1:]
     positional = tuple({"hidden_states": hidden, "encoder_hidden_states": text}.get(name) for name in arguments)
     assert streams.read(positional, {}) == want
@@ -76,7 +76,7 @@ def test_streams_read_and_rebuild_what_a_block_takes_and_returns(block: type[nn.
 def test_streams_in_image_first_order() -> None:
     streams = Streams(0, 0, 1, 1)
     pair = (torch.zeros(1), torch.ones(1))
-    assert streams.unpack(pair) == streams.pack(pair) == pair
+    assert streams.unpack(pair) == streams.pack(pair, {}) == pair
 
 
 # ---- counting work
