@@ -89,5 +89,5 @@ def test_trained_heads_and_any_tree_leave_the_text_as_it_is(plain: Any, trained:
     with attach_heads(model, trained, layer) as handle:
         handle.medusa.use_tree(tree)
         got = [decode(model, ids) for ids in prompts]
-        assert handle.counts.tokens_per_step > 1.3
+        assert handle.counts.tokens_per_step > 1.1
     assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
