@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +22,7 @@ from modules.pipelines import DiffusionDriver, driver, load_pipeline
 from modules.sites import block_stack
 from trainers.base import FrozenBackboneTask
 from trainers.config import RecipeBase
+from trainers.devices import training_device
 from trainers.image_quality import psnr_db
 
 HELD_OUT = 16
@@ -31,10 +31,7 @@ HELD_OUT = 16
 def load_driver(recipe: RecipeBase) -> DiffusionDriver:
     """The recipe's frozen pipeline, where this process trains: recording happens before Lightning moves anything."""
     pipe = load_pipeline(recipe.backbone.name, recipe.backbone.revision, recipe.backbone.dtype)
-    device = torch.device("cpu")
-    if recipe.trainer.accelerator != "cpu" and torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return driver(pipe.to(device), recipe.backbone.name)
+    return driver(pipe.to(training_device(recipe)), recipe.backbone.name)
 
 
 def sampling_of(running: DiffusionDriver, steps: int, guidance: float) -> Sampling:
