@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +24,7 @@ from modules.pipelines import Conditions, DiffusionDriver, driver, load_pipeline
 from modules.sites import block_stack
 from modules.solvers import SolverTable
 from trainers.base import FrozenBackboneTask
+from trainers.devices import training_device
 from trainers.ilf import schedule
 from trainers.ilf.rollout import Learned, Rollout, SolverRows
 from trainers.ilf.targets import fad_target, trajectory_target
@@ -241,7 +241,7 @@ def build_task(recipe: Recipe) -> ILFTask:
         ValueError: the recipe does not fit the backbone.
     """
     pipe = load_pipeline(recipe.backbone.name, recipe.backbone.revision, recipe.backbone.dtype)
-    running = driver(pipe.to(_device(recipe)), recipe.backbone.name)
+    running = driver(pipe.to(training_device(recipe)), recipe.backbone.name)
     settings = recipe.module
     positions, runs = None, None
     if recipe.data.kind == "synthetic":
@@ -274,13 +274,6 @@ def build_task(recipe: Recipe) -> ILFTask:
     if recipe.objective.rollout and runs is not None and positions is not None and table is not None:
         rollout = Rollout(running, runs.thinned([*positions, len(runs.timesteps)]), positions, table, config.guidance)
     return ILFTask(recipe, running, learned, runs, clean, conditions, rollout)
-
-
-def _device(recipe: Recipe) -> torch.device:
-    """Where this process trains: recording happens before Lightning moves anything."""
-    if recipe.trainer.accelerator == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def _record(recipe: Recipe, running: DiffusionDriver) -> tuple[list[int], Trajectories]:
