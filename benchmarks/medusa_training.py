@@ -48,7 +48,7 @@ def bare_step(heads: MedusaHeads, layer: OutputLayer, hidden: torch.Tensor, bloc
     for head, weight in enumerate(head_weights(heads.config.num_heads, DECAY)):
         ahead = head + 2
         n, t = valid_targets(blocks, ahead).nonzero(as_tuple=True)
-        logits = heads(hidden[n, t], layer, head)
+        logits = heads(hidden[n, t], layer, head, root=blocks.input_ids[n, t + 1])
         losses.append(weight * functional.cross_entropy(logits.float(), blocks.labels[n, t + ahead]))
     torch.stack(losses).sum().backward()
 

@@ -72,7 +72,9 @@ def small(name: str) -> Any:
     return made
 
 
-def heads_for(layer: OutputLayer, vocabulary: str = "own", num_heads: int = 3, num_blocks: int = 1) -> MedusaHeads:
+def heads_for(
+    layer: OutputLayer, vocabulary: str = "own", num_heads: int = 3, num_blocks: int = 1, reads_root: bool = False
+) -> MedusaHeads:
     """Heads as a training begins with them."""
     config = MedusaConfig(
         hidden_size=layer.weight.shape[1],
@@ -82,6 +84,7 @@ def heads_for(layer: OutputLayer, vocabulary: str = "own", num_heads: int = 3, n
         vocabulary=vocabulary,
         draft_vocab_size=len(DRAFTED) if vocabulary == "pruned" else None,
         rank=4 if vocabulary == "low_rank" else None,
+        reads_root=reads_root,
         output_bias=vocabulary in ("own", "pruned") and layer.bias is not None,
     )
     return MedusaHeads(config).start_from(layer, DRAFTED if vocabulary == "pruned" else None)
@@ -109,8 +112,9 @@ def test_every_head_starts_as_the_backbones_own(name: str) -> None:
     ids = torch.randint(0, V, (2, 7), generator=torch.Generator().manual_seed(1))
     hidden, want = last_hidden_state(model, input_ids=ids), model(input_ids=ids).logits
     for vocabulary in ("own", "tied", "low_rank"):
-        heads = heads_for(layer, vocabulary, num_blocks=2)
-        assert all(torch.equal(heads(hidden, layer, head), want) for head in range(3)), vocabulary
+        for reads_root in (False, True):
+            heads = heads_for(layer, vocabulary, num_blocks=2, reads_root=reads_root)
+            assert all(torch.equal(heads(hidden, layer, head, root=ids), want) for head in range(3)), vocabulary
     pruned = heads_for(layer, "pruned")
     torch.testing.assert_close(pruned(hidden, layer, 0), want[..., DRAFTED])
 
@@ -135,12 +139,13 @@ def test_a_model_whose_logits_are_another_function_is_refused() -> None:
 
 @pytest.mark.parametrize("vocabulary", ["own", "tied", "pruned", "low_rank"])
 def test_blocks_of_a_head_are_different_tensors_and_all_learn(layer: OutputLayer, vocabulary: str) -> None:
-    heads = heads_for(layer, vocabulary, num_heads=2, num_blocks=2)
+    heads = heads_for(layer, vocabulary, num_heads=2, num_blocks=2, reads_root=True)
     storages = [parameter.data_ptr() for parameter in heads.parameters()]
     assert len(set(storages)) == len(storages)
     scramble(heads)
     hidden = torch.randn(5, D)
-    sum(heads(hidden, layer, head).square().sum() for head in range(2)).backward()
+    root = torch.arange(5)
+    sum(heads(hidden, layer, head, root=root).square().sum() for head in range(2)).backward()
     assert all(parameter.grad is not None and bool(parameter.grad.any()) for parameter in heads.parameters())
     first, second = (block.linear.weight.grad for block in heads.heads[0].blocks)
     assert not torch.equal(first, second)
@@ -154,23 +159,40 @@ def test_copies_are_copies(layer: OutputLayer) -> None:
     assert torch.equal(layer.weight, before)
 
 
+@pytest.mark.parametrize("reads_root", [False, True])
 @pytest.mark.parametrize("vocabulary", ["own", "tied", "pruned", "low_rank"])
 @pytest.mark.parametrize("name", ["llama", "phi with an output bias", "gemma2 with a soft cap"])
 @torch.no_grad()
-def test_stacked_heads_are_the_heads(name: str, vocabulary: str) -> None:
+def test_stacked_heads_are_the_heads(name: str, vocabulary: str, reads_root: bool) -> None:
     layer = OutputLayer.of(small(name))
-    heads = scramble(heads_for(layer, vocabulary, num_blocks=2))
-    stacked, hidden = StackedHeads(heads, layer), torch.randn(4, D)
-    dense = torch.stack([heads(hidden, layer, head) for head in range(3)])
-    torch.testing.assert_close(stacked.logits(hidden), dense)
-    torch.testing.assert_close(stacked.logits(hidden, 2), dense[:2])
-    chances, tokens = stacked.top(hidden, 5)
+    heads = scramble(heads_for(layer, vocabulary, num_blocks=2, reads_root=reads_root))
+    stacked, hidden, root = StackedHeads(heads, layer), torch.randn(4, D), torch.arange(4)
+    dense = torch.stack([heads(hidden, layer, head, root=root) for head in range(3)])
+    torch.testing.assert_close(stacked.logits(hidden, root_B=root), dense)
+    torch.testing.assert_close(stacked.logits(hidden, 2, root), dense[:2])
+    chances, tokens = stacked.top(hidden, 5, root_B=root)
     want = dense.log_softmax(-1).topk(5)
     torch.testing.assert_close(chances, want.values)
     ids = want.indices if vocabulary != "pruned" else DRAFTED[want.indices]
-    assert torch.equal(tokens, ids) and torch.equal(stacked.tokens(hidden, 5), ids)
+    assert torch.equal(tokens, ids) and torch.equal(stacked.tokens(hidden, 5, root_B=root), ids)
     own = sum(parameter.nbytes for parameter in heads.parameters())
     assert stacked.memory_bytes() == own + (DRAFTED.nbytes if vocabulary == "pruned" else 0)
+
+
+@torch.no_grad()
+def test_heads_that_read_the_root_guess_by_it_and_no_others_do(layer: OutputLayer) -> None:
+    hidden, ids = torch.randn(1, D).expand(3, D), torch.tensor([3, 4, 3])
+    plain, reading = (scramble(heads_for(layer, reads_root=reads)) for reads in (False, True))
+    assert torch.equal(plain(hidden, layer, 0, root=ids), plain(hidden, layer, 0))
+    logits = reading(hidden, layer, 0, root=ids)
+    assert torch.equal(logits[0], logits[2]) and not torch.allclose(logits[0], logits[1])
+    for use in (lambda: reading(hidden, layer, 0), lambda: StackedHeads(reading, layer).tokens(hidden, 1)):
+        with pytest.raises(ValueError, match="give it as `root`"):
+            use()
+    drafter = MedusaDrafter(StackedHeads(reading, layer), [(0,), (0, 0)])
+    draft = drafter.propose(DraftState([[3], [4], [3]], ids, hidden, [True] * 3, 9)).tokens
+    want = torch.stack([reading(hidden, layer, head, root=ids).argmax(-1) for head in range(2)], 1)
+    assert torch.equal(draft, want)
 
 
 @torch.no_grad()

@@ -81,13 +81,12 @@ def best_size(values: Sequence[float], seconds: Mapping[int, float]) -> int:
 
     Args:
         values: what each node adds to the expected tokens per step, best first (`best_choices`).
-        seconds: of a step by rows, the root among them (`time_steps`); linear in between.
+        seconds: of a step by rows, the root among them (`time_steps`); numbers of rows that were not timed are not
+            chosen, since the time between two of them need not lie between theirs.
     """
-    rows = sorted(seconds)
-    sizes = np.arange(len(values) + 1)
-    sizes = sizes[sizes + 1 <= rows[-1]]
-    tokens = 1.0 + np.concatenate([[0.0], np.cumsum(values)])[: len(sizes)]
-    return int(np.argmax(tokens / np.interp(sizes + 1, rows, [seconds[n] for n in rows])))
+    tokens = 1.0 + np.concatenate([[0.0], np.cumsum(values)])
+    sizes = [rows - 1 for rows in sorted(seconds) if rows <= len(tokens)]
+    return max(sizes, key=lambda size: float(tokens[size]) / seconds[size + 1])
 
 
 @torch.no_grad()

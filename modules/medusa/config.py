@@ -21,6 +21,7 @@ class MedusaConfig:
         vocabulary: how a head's state becomes logits: "own" (a matrix of its own), "tied" (the backbone's), "pruned"
             (an own matrix over `draft_vocab_size` tokens only), "low_rank" (the backbone's plus a product of rank
             `rank`).
+        reads_root: the heads read, beside the hidden state, the token that the backbone chose from it.
         output_bias: own and pruned matrices come with a bias, as the backbone's does.
         tree: the nodes of the drafted tree but its root, each as the ranks (from 0) that lead to it, parents first.
         hits: hits[k][r], how often rank r of head k was the token that the backbone went on to produce.
@@ -35,6 +36,7 @@ class MedusaConfig:
     vocabulary: str = "tied"
     draft_vocab_size: int | None = None
     rank: int | None = None
+    reads_root: bool = False
     output_bias: bool = False
     tree: list[list[int]] = field(default_factory=list)
     hits: list[list[int]] = field(default_factory=list)

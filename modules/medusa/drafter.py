@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from modules.contracts import Drafter
 from modules.decode_host import Draft, DraftState, Tree, order_choices
 from modules.decode_host.search import draft_by_chance
 from modules.medusa.config import MedusaConfig
-from modules.medusa.heads import LowRankVocabulary, MedusaHead, MedusaHeads, OwnVocabulary
+from modules.medusa.heads import LowRankVocabulary, MedusaHead, MedusaHeads, OwnVocabulary, root_of
 from modules.medusa.output_layer import OutputLayer
 
 
@@ -35,6 +35,9 @@ class StackedHeads:
             )
             for block in range(heads.config.num_blocks)
         ]
+        self._root = None  # [K, D, D]
+        if heads.config.reads_root:
+            self._root = torch.stack([cast(nn.Linear, head.root).weight.detach() for head in parts]).transpose(1, 2)
         own = [head.vocabulary for head in parts]
         self._own = self._own_bias = self._down = self._up = None
         if isinstance(own[0], OwnVocabulary):
@@ -50,10 +53,13 @@ class StackedHeads:
         """Where the heads are."""
         return self._blocks[0][0].device
 
-    def logits(self, hidden_BD: Tensor, count: int | None = None) -> Tensor:
-        """Logits [K, B, V'] of the first `count` heads, for states [B, D]."""
-        K = self.count if count is None else count
-        states = hidden_BD.to(self._blocks[0][0].dtype).expand(K, *hidden_BD.shape)
+    def logits(self, hidden_BD: Tensor, count: int | None = None, root_B: Tensor | None = None) -> Tensor:
+        """Logits [K, B, V'] of the first `count` heads, for states [B, D] and the tokens chosen from them [B]."""
+        K, dtype = self.count if count is None else count, self._blocks[0][0].dtype
+        states = hidden_BD.to(dtype).expand(K, *hidden_BD.shape)
+        if self._root is not None:
+            rows = self.backbone.rows(root_of(root_B)).to(dtype).expand(K, *hidden_BD.shape)
+            states = torch.baddbmm(states, rows, self._root[:K])
         for weight, bias in self._blocks:
             states = states + functional.silu(torch.baddbmm(bias[:K], states, weight[:K]))
         if self._own is not None:
@@ -64,22 +70,26 @@ class StackedHeads:
             product = product + _rows_times(_rows_times(states, self._down[:K]), self._up[:K])
         return self.backbone.finish(product)
 
-    def top(self, hidden_BD: Tensor, ranks: int, count: int | None = None) -> tuple[Tensor, Tensor]:
+    def top(
+        self, hidden_BD: Tensor, ranks: int, count: int | None = None, root_B: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """(log-probabilities, tokens) of the best guesses, each [K, B, R], best first."""
-        logits = self.logits(hidden_BD, count).float()
+        logits = self.logits(hidden_BD, count, root_B).float()
         best, guesses = logits.topk(ranks, dim=-1)
         tokens = guesses if self.token_ids is None else self.token_ids[guesses]
         return best - logits.logsumexp(-1, keepdim=True), tokens
 
-    def tokens(self, hidden_BD: Tensor, ranks: int, count: int | None = None) -> Tensor:
+    def tokens(
+        self, hidden_BD: Tensor, ranks: int, count: int | None = None, root_B: Tensor | None = None
+    ) -> Tensor:
         """The tokens of `top` alone: no pass over the logits is spent on probabilities."""
-        guesses = self.logits(hidden_BD, count).topk(ranks, dim=-1).indices
+        guesses = self.logits(hidden_BD, count, root_B).topk(ranks, dim=-1).indices
         return guesses if self.token_ids is None else self.token_ids[guesses]
 
     def memory_bytes(self) -> int:
         """Bytes of the heads' own tensors."""
         blocks = [tensor for pair in self._blocks for tensor in pair]
-        held = [*blocks, self._own, self._own_bias, self._down, self._up, self.token_ids]
+        held = [*blocks, self._root, self._own, self._own_bias, self._down, self._up, self.token_ids]
         return sum(tensor.nbytes for tensor in held if tensor is not None)
 
 
@@ -133,7 +143,7 @@ class MedusaDrafter(Drafter):
         if not self.choices:
             return Draft(self.tree, state.root.new_empty(len(state.root), 0))
         hidden = cast(Tensor, state.hidden)
-        tokens_KBR = self.heads.tokens(hidden, self._ranks, self.tree.depth)
+        tokens_KBR = self.heads.tokens(hidden, self._ranks, self.tree.depth, state.root)
         tokens_BN = tokens_KBR.transpose(0, 1).reshape(len(hidden), -1).index_select(1, self._place_N)
         return Draft(self.tree, tokens_BN, None if self._chance is None else [self._chance] * len(hidden))
 
@@ -154,7 +164,7 @@ class DynamicMedusaDrafter(Drafter):
 
     def propose(self, state: DraftState) -> Draft:
         """The best nodes of this step."""
-        chances_KBR, tokens_KBR = self.heads.top(cast(Tensor, state.hidden), self.ranks)
+        chances_KBR, tokens_KBR = self.heads.top(cast(Tensor, state.hidden), self.ranks, root_B=state.root)
         return draft_by_chance(tokens_KBR.transpose(0, 1), chances_KBR.exp().transpose(0, 1), self.nodes)
 
     def memory_bytes(self) -> int:

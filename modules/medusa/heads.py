@@ -93,11 +93,18 @@ class LowRankVocabulary(Vocabulary):
 
 
 class MedusaHead(nn.Module):
-    """One head: L residual blocks, then logits."""
+    """One head: L residual blocks, then logits.
+
+    With `reads_root` the blocks start at h + P n(W[x]): x is the token that the backbone chose from h, W[x] its row of
+    the output matrix, n the scaling to a mean square of one, P a matrix [D, D] that starts at zero.
+    """
 
     def __init__(self, config: MedusaConfig) -> None:
         super().__init__()
         width = config.hidden_size
+        self.root = nn.Linear(width, width, bias=False) if config.reads_root else None
+        if self.root is not None:
+            nn.init.zeros_(self.root.weight)
         self.blocks = nn.Sequential(*(ResidualBlock(width) for _ in range(config.num_blocks)))
         self.vocabulary: Vocabulary
         if config.vocabulary in ("own", "pruned"):
@@ -112,10 +119,19 @@ class MedusaHead(nn.Module):
         return cast(ResidualBlock, self.blocks[number])
 
     def forward(
-        self, hidden: Tensor, backbone: OutputLayer, reduce: Reduce | None = None, rows: int = 0
+        self,
+        hidden: Tensor,
+        backbone: OutputLayer,
+        reduce: Reduce | None = None,
+        rows: int = 0,
+        root: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits [..., V'] of hidden states [..., D]; with `reduce`, see `Vocabulary.forward`."""
-        states = self.blocks(hidden.to(self.block(0).linear.weight.dtype))
+        """Logits [..., V'] of hidden states [..., D] and their roots [...]; with `reduce`, see `Vocabulary.forward`."""
+        dtype = self.block(0).linear.weight.dtype
+        states = hidden.to(dtype)
+        if self.root is not None:
+            states = states + self.root(backbone.rows(root_of(root)).to(dtype))
+        states = self.blocks(states)
         return cast("Tensor | tuple[Tensor, Tensor]", self.vocabulary(states, backbone, reduce, rows))
 
 
@@ -125,7 +141,8 @@ class MedusaHeads(nn.Module):
     Shapes: N positions, D hidden size, V' tokens that a head tells apart (all V unless pruned), K heads.
     Departs from the published code: biases start at zero and matrices as copies of the backbone's, so that every head
     starts as exactly the backbone's own; blocks of one head are different tensors; the tied, pruned and low-rank
-    vocabularies.
+    vocabularies; on request, heads that also read the token chosen from their state, as the first head of Hydra does
+    (Ankner et al. 2024, arXiv:2402.05109): it is known when drafting begins, so the tree stays one of products.
     """
 
     token_ids: Tensor | None
@@ -159,7 +176,13 @@ class MedusaHeads(nn.Module):
         return self
 
     def forward(
-        self, hidden: Tensor, backbone: OutputLayer, head: int, reduce: Reduce | None = None, rows: int = 0
+        self,
+        hidden: Tensor,
+        backbone: OutputLayer,
+        head: int,
+        reduce: Reduce | None = None,
+        rows: int = 0,
+        root: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits of one head.
 
@@ -168,8 +191,16 @@ class MedusaHeads(nn.Module):
             head: from 0; its logits at position t are for token t + 2 + head.
             reduce, rows: the sum of `reduce` over chunks of `rows` rows is returned instead, see `chunked_sum`;
                 `hidden` is [N, D] then.
+            root: int64 [...], the token after each state; heads that do not read it leave it alone.
         """
-        return cast("Tensor | tuple[Tensor, Tensor]", self.heads[head](hidden, backbone, reduce, rows))
+        return cast("Tensor | tuple[Tensor, Tensor]", self.heads[head](hidden, backbone, reduce, rows, root))
+
+
+def root_of(root: Tensor | None) -> Tensor:
+    """The root, of heads that read it.  Raises ValueError where there is none."""
+    if root is None:
+        raise ValueError("these heads read the token that the backbone chose: give it as `root`")
+    return root
 
 
 def check_shape(config: MedusaConfig, backbone: OutputLayer) -> None:

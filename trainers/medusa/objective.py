@@ -76,7 +76,8 @@ def head_loss(
         hits = (logits.detach().argmax(-1) == targets[part]).sum()
         return score(logits, wanted, targets[part]), hits
 
-    total, hits = cast("tuple[Tensor, Tensor]", heads(hidden_NLD[n, t], backbone, head, reduce, rows))
+    root = blocks.input_ids[n, t + 1]
+    total, hits = cast("tuple[Tensor, Tensor]", heads(hidden_NLD[n, t], backbone, head, reduce, rows, root))
     return HeadLoss(total / max(1, len(n)), hits / max(1, valid))
 
 

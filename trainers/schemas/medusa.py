@@ -23,6 +23,11 @@ class Module(Section):
         default=None, description="tokens that pruned heads tell apart: the most frequent ones of the training text"
     )
     rank: PositiveInt | None = Field(default=None, description="rank of the low-rank correction, 64 to 256")
+    reads_root: bool = Field(
+        default=False,
+        description="the heads also read the token that the backbone chose from their state, which they guess from; "
+        "serving engines cannot load such heads",
+    )
     stored: Literal["backbone", "bfloat16"] = Field(
         default="backbone",
         description="dtype of the adapter's numbers; they run in the backbone's, and only guess, so half of float32's "
