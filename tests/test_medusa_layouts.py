@@ -105,9 +105,10 @@ def test_what_a_layout_cannot_hold_is_refused(
 
 
 @pytest.mark.parametrize("name", ["tgi", "vllm"])
-def test_engines_know_no_heads_that_read_the_root(tmp_path: Path, name: str) -> None:
-    heads = heads_for(LAYER, num_heads=2, reads_root=True)
-    with pytest.raises(ValueError, match="no place for the matrix with which these heads read"):
+@pytest.mark.parametrize("reads", ["root", "path"])
+def test_engines_know_no_heads_that_read_tokens(tmp_path: Path, name: str, reads: str) -> None:
+    heads = heads_for(LAYER, num_heads=2, reads=reads)
+    with pytest.raises(ValueError, match="no place for the matrices with which these heads read"):
         write_layout(name, tmp_path / "out", heads.config, tensors_of(heads), LAYER, "base/model")
     assert not (tmp_path / "out").exists()
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from checkpoints.load import load_adapter
 from data.text import TokenDocument, pack
 from modules.medusa import StackedHeads, heads_of
+from modules.medusa.config import READS
 from modules.medusa.lora import lora_off
 from modules.medusa.output_layer import last_hidden_state
 from tests.tiny_language import tiny_llama
@@ -58,19 +59,27 @@ def test_heads_learn_how_far_they_look(tmp_path: Path) -> None:
     assert all(parameter.grad is None for parameter in task.model.parameters())
 
 
-def test_only_heads_that_read_the_root_know_what_follows_it(tmp_path: Path) -> None:
-    """Of pairs (a, a + 20) with a random a, the second is known only to who has seen the first."""
-    first = torch.randint(2, 12, (24, 12), generator=torch.Generator().manual_seed(0))
-    rows = torch.stack([first, first + 20], dim=2).flatten(1).tolist()
-    blocks = pack([TokenDocument(ids, [True] * len(ids)) for ids in rows], 24, PAD, whole=True)
-    right = {}
-    for reads_root in ("false", "true"):
-        task = tiny_task(blocks, trainer__max_steps="80", module__num_heads="1", module__reads_root=reads_root)
-        run(task, tmp_path / reads_root)
-        hidden = last_hidden_state(task.model, input_ids=blocks.input_ids, position_ids=blocks.position_ids)
-        logits = task.learned.heads(hidden[:, 1:-2:2], task.layer, 0, root=blocks.input_ids[:, 2:-1:2])
-        right[reads_root] = float((logits.argmax(-1) == blocks.input_ids[:, 3::2]).float().mean())
-    assert right["true"] > 0.95 and right["false"] < 0.5, right
+def test_only_heads_that_read_a_token_know_what_follows_it(tmp_path: Path) -> None:
+    """Of (a, a + 20, a + 40, b, ..) with random a, b, .. what follows is known only to who has seen the first."""
+
+    def texts(seed: int) -> Blocks:
+        first = torch.randint(2, 12, (32, 8), generator=torch.Generator().manual_seed(seed))
+        rows = torch.stack([first, first + 20, first + 40], dim=2).flatten(1).tolist()
+        return pack([TokenDocument(ids, [True] * len(ids)) for ids in rows], 24, PAD, whole=True)
+
+    unseen, right = texts(1), {}
+    ids = unseen.input_ids
+    for reads in READS:
+        task = tiny_task(texts(0), trainer__max_steps="100", module__num_heads="2", module__reads=reads)
+        run(task, tmp_path / reads)
+        hidden = last_hidden_state(task.model, input_ids=ids, position_ids=unseen.position_ids)
+        for head, before in ((0, 2), (1, 1)):  # the first head before a, the second two places before a
+            places = torch.arange(before, 18, 3)
+            path = torch.stack([ids[:, places + 1], ids[:, places + 2]], dim=-1)
+            guesses = task.learned.heads(hidden[:, places], task.layer, head, path=path).argmax(-1)
+            right[reads, head] = float((guesses == ids[:, places + 2 + head]).float().mean())
+    assert max(right["state", 0], right["state", 1], right["root", 1]) < 0.3, right
+    assert min(right["root", 0], right["path", 0], right["path", 1]) > 0.95, right
 
 
 def test_documents_that_share_a_block_do_not_see_each_other() -> None:
@@ -190,9 +199,9 @@ def test_the_sine_ramp_ends_at_the_full_weight() -> None:
     assert task._heads_weight() == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("reads_root", ["false", "true"])
-def test_hits_are_counted_where_decoding_would_have_guessed(reads_root: str) -> None:
-    task = tiny_task(periodic(13, 24, 4), module__reads_root=reads_root)
+@pytest.mark.parametrize("reads", READS)
+def test_hits_are_counted_where_decoding_would_have_guessed(reads: str) -> None:
+    task = tiny_task(periodic(13, 24, 4), module__reads=reads)
     texts = greedy_texts(task.model, [[5, 6, 7], [9]], new_tokens=6, batch_size=2, pad=PAD)
     for text, prompt in zip(texts, ([5, 6, 7], [9]), strict=True):
         alone = task.model.generate(input_ids=torch.tensor([prompt]), max_new_tokens=6, do_sample=False)
@@ -210,8 +219,8 @@ def test_hits_are_counted_where_decoding_would_have_guessed(reads_root: str) -> 
             if place + 1 == len(text.ids):
                 continue  # the last state has no root yet
             hidden = last_hidden_state(task.model, input_ids=torch.tensor([text.ids[: place + 1]]))[:, -1]
-            root = torch.tensor([text.ids[place + 1]])
-            guesses = stacked.tokens(hidden, 3, root_B=root)[:, 0].tolist()
+            path = torch.tensor([[*text.ids[place + 1 : place + 3], 0][:2]])
+            guesses = stacked.tokens(hidden, 3, path_BR=path)[:, 0].tolist()
             for head in range(2):
                 if place + 2 + head < len(text.ids):
                     compared[head] += 1

@@ -95,16 +95,18 @@ class LowRankVocabulary(Vocabulary):
 class MedusaHead(nn.Module):
     """One head: L residual blocks, then logits.
 
-    With `reads_root` the blocks start at h + P n(W[x]): x is the token that the backbone chose from h, W[x] its row of
-    the output matrix, n the scaling to a mean square of one, P a matrix [D, D] that starts at zero.
+    A head that reads r tokens after the state starts its blocks at h + P [n(W[x_1]); ..; n(W[x_r])]: x_1 is the root,
+    chosen from h, W[x] a token's row of the output matrix, n the scaling to a mean square of one, P a matrix [D, r D]
+    that starts at zero.
     """
 
-    def __init__(self, config: MedusaConfig) -> None:
+    def __init__(self, config: MedusaConfig, number: int) -> None:
         super().__init__()
         width = config.hidden_size
-        self.root = nn.Linear(width, width, bias=False) if config.reads_root else None
-        if self.root is not None:
-            nn.init.zeros_(self.root.weight)
+        self.tokens_read = config.tokens_read(number)
+        self.path = nn.Linear(self.tokens_read * width, width, bias=False) if self.tokens_read else None
+        if self.path is not None:
+            nn.init.zeros_(self.path.weight)
         self.blocks = nn.Sequential(*(ResidualBlock(width) for _ in range(config.num_blocks)))
         self.vocabulary: Vocabulary
         if config.vocabulary in ("own", "pruned"):
@@ -124,13 +126,13 @@ class MedusaHead(nn.Module):
         backbone: OutputLayer,
         reduce: Reduce | None = None,
         rows: int = 0,
-        root: Tensor | None = None,
+        path: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits [..., V'] of hidden states [..., D] and their roots [...]; with `reduce`, see `Vocabulary.forward`."""
+        """Logits [..., V'] of states [..., D] and the tokens after them [..., r]; with `reduce` see `Vocabulary`."""
         dtype = self.block(0).linear.weight.dtype
         states = hidden.to(dtype)
-        if self.root is not None:
-            states = states + self.root(backbone.rows(root_of(root)).to(dtype))
+        if self.path is not None:
+            states = states + self.path(path_rows(backbone, path, self.tokens_read).to(dtype))
         states = self.blocks(states)
         return cast("Tensor | tuple[Tensor, Tensor]", self.vocabulary(states, backbone, reduce, rows))
 
@@ -141,8 +143,7 @@ class MedusaHeads(nn.Module):
     Shapes: N positions, D hidden size, V' tokens that a head tells apart (all V unless pruned), K heads.
     Departs from the published code: biases start at zero and matrices as copies of the backbone's, so that every head
     starts as exactly the backbone's own; blocks of one head are different tensors; the tied, pruned and low-rank
-    vocabularies; on request, heads that also read the token chosen from their state, as the first head of Hydra does
-    (Ankner et al. 2024, arXiv:2402.05109): it is known when drafting begins, so the tree stays one of products.
+    vocabularies; heads that also read tokens, as Hydra's do (Ankner et al. 2024, arXiv:2402.05109).
     """
 
     token_ids: Tensor | None
@@ -150,7 +151,7 @@ class MedusaHeads(nn.Module):
     def __init__(self, config: MedusaConfig) -> None:
         super().__init__()
         self.config = config
-        self.heads = nn.ModuleList(MedusaHead(config) for _ in range(config.num_heads))
+        self.heads = nn.ModuleList(MedusaHead(config, number) for number in range(config.num_heads))
         ids = None if config.draft_vocab_size is None else torch.zeros(config.draft_vocab_size, dtype=torch.int64)
         self.register_buffer("token_ids", ids)
 
@@ -182,7 +183,7 @@ class MedusaHeads(nn.Module):
         head: int,
         reduce: Reduce | None = None,
         rows: int = 0,
-        root: Tensor | None = None,
+        path: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits of one head.
 
@@ -191,16 +192,21 @@ class MedusaHeads(nn.Module):
             head: from 0; its logits at position t are for token t + 2 + head.
             reduce, rows: the sum of `reduce` over chunks of `rows` rows is returned instead, see `chunked_sum`;
                 `hidden` is [N, D] then.
-            root: int64 [...], the token after each state; heads that do not read it leave it alone.
+            path: int64 [..., r or more], the tokens after each state, for heads that read them (`MedusaConfig.reads`).
         """
-        return cast("Tensor | tuple[Tensor, Tensor]", self.heads[head](hidden, backbone, reduce, rows, root))
+        return cast("Tensor | tuple[Tensor, Tensor]", self.heads[head](hidden, backbone, reduce, rows, path))
 
 
-def root_of(root: Tensor | None) -> Tensor:
-    """The root, of heads that read it.  Raises ValueError where there is none."""
-    if root is None:
-        raise ValueError("these heads read the token that the backbone chose: give it as `root`")
-    return root
+def path_rows(backbone: OutputLayer, path: Tensor | None, count: int) -> Tensor:
+    """What a head reads of the first `count` tokens of paths [..., r]: [..., count D].
+
+    Raises:
+        ValueError: there are no paths, or shorter ones.
+    """
+    if path is None or path.shape[-1] < count:
+        given = 0 if path is None else path.shape[-1]
+        raise ValueError(f"this head reads {count} tokens after the state, and {given} are given: pass them as path")
+    return backbone.rows(path[..., :count]).flatten(-2)
 
 
 def check_shape(config: MedusaConfig, backbone: OutputLayer) -> None:

@@ -14,7 +14,6 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from data.stdlib_text import held_out_documents, training_documents
 from data.text import IGNORED, Blocks, TokenStream
-from trainers.backbones.foresight import look_ahead, own_answers
 from trainers.backbones.language import CONTEXT, Loss, Recipe, build_model, stream_of, train, train_tokenizer
 from trainers.backbones.loops import unlearn_loops
 from trainers.run_folder import atomic_write
@@ -96,13 +95,6 @@ def without_loops(material: Material, model: LlamaForCausalLM) -> LlamaForCausal
             break
     atomic_write(path, lambda file: torch.save(model.state_dict(), file))
     return model
-
-
-def with_foresight(material: Material, model: LlamaForCausalLM, minutes: float) -> LlamaForCausalLM:
-    """The model after the phase in which its last hidden state learns of what follows the next token."""
-    answers = own_answers(model, material.tokenizer, material.state / "answers")
-    recipe = replace(BACKBONE, minutes=minutes, lr=1.5e-3, other_lr=7.5e-4)
-    return look_ahead(model, material.training, answers, material.state / "foresight.pt", recipe)
 
 
 def train_draft(material: Material, teacher: LlamaForCausalLM, recipe: Recipe = DRAFT) -> LlamaForCausalLM:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from modules.decode_host.search import best_choices, best_size, time_steps
 from modules.medusa import MedusaConfig, MedusaDrafter, StackedHeads
@@ -67,11 +68,12 @@ def count_hits(model: Any, heads: StackedHeads, texts: Sequence[Text], ranks: in
     for text in texts:
         ids = torch.tensor([text.ids], device=model.device)
         states_TD = last_hidden_state(model, input_ids=ids, use_cache=False)[0, text.prompt - 1 : -2]
-        roots = ids[0, text.prompt : -1]
+        # Heads that read the path are asked below the path that came: their hits are shares of right parents.
+        after = functional.pad(ids[0, text.prompt :], (0, heads.count)).unfold(0, heads.count, 1)[: len(states_TD)]
         came = ids[0, text.prompt + 1 :]  # came[t + k] is what head k guesses at state t
         for start in range(0, len(states_TD), _POSITIONS):
             part = slice(start, start + _POSITIONS)
-            guesses_KTR = heads.tokens(states_TD[part], ranks, root_B=roots[part])
+            guesses_KTR = heads.tokens(states_TD[part], ranks, path_BR=after[part])
             for head in range(heads.count):
                 true = came[start + head : start + head + guesses_KTR.shape[1]]
                 hits[head] += (guesses_KTR[head, : len(true)] == true[:, None]).sum(0)

@@ -111,8 +111,8 @@ def to_layout_v(config: MedusaConfig, tensors: Mapping[str, Tensor], layer: Outp
 def _refuse_what_engines_lack(config: MedusaConfig, name: str) -> None:
     if config.lora is not None:
         raise ValueError(f"format {name} has no place for the LoRA that these Medusa-2 heads need on their backbone")
-    if config.reads_root:
-        raise ValueError(f"format {name} has no place for the matrix with which these heads read the chosen token")
+    if config.reads != "state":
+        raise ValueError(f"format {name} has no place for the matrices with which these heads read tokens")
     if config.output_bias:
         raise ValueError(f"format {name} has no place for the bias of these heads' output matrices")
 

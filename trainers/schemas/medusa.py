@@ -23,10 +23,10 @@ class Module(Section):
         default=None, description="tokens that pruned heads tell apart: the most frequent ones of the training text"
     )
     rank: PositiveInt | None = Field(default=None, description="rank of the low-rank correction, 64 to 256")
-    reads_root: bool = Field(
-        default=False,
-        description="the heads also read the token that the backbone chose from their state, which they guess from; "
-        "serving engines cannot load such heads",
+    reads: Literal["state", "root", "path"] = Field(
+        default="state",
+        description="what a head guesses from beside the hidden state: nothing (Medusa), the token that the backbone "
+        "chose from it, or that one and the guesses before its own (Hydra); serving engines load the first kind only",
     )
     stored: Literal["backbone", "bfloat16"] = Field(
         default="backbone",
