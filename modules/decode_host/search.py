@@ -91,18 +91,24 @@ def best_size(values: Sequence[float], seconds: Mapping[int, float]) -> int:
 
 @torch.no_grad()
 def time_steps(
-    model: Any, rows: Sequence[int], context: int = 256, repeats: int = 15, drafter: Drafter | None = None
+    model: Any,
+    rows: Sequence[int],
+    context: int = 256,
+    repeats: int = 15,
+    drafter: Drafter | Mapping[int, Drafter] | None = None,
 ) -> dict[int, float]:
     """Seconds of one decoding step by rows of the tree, the root among them: median of interleaved repeats.
 
     A step is what decoding does: drafting (where a drafter is given), backbone call, verification and commit.
 
     Args:
+        drafter: whose time counts, one for all or by rows.
         context: committed tokens behind which the steps run.
     """
     device = model.device
     ids = torch.arange(context, device=device)[None] % model.config.get_text_config(decoder=True).vocab_size
-    backbone = Backbone(model, drafter is not None and drafter.needs_hidden)
+    drafters = drafter if isinstance(drafter, Mapping) else {n: drafter for n in rows if drafter is not None}
+    backbone = Backbone(model, any(one.needs_hidden for one in drafters.values()))
     verifier = Verifier(Exact(), [], 1, keep_scores=False)
     config = GenerationConfig(max_length=context + max(rows) + 1)
     config._mask_length = context
@@ -112,14 +118,14 @@ def time_steps(
     with backbone.listening():
         backbone.prefill(ids, config, {**inputs, "use_cache": True})
         state = DraftState(ids.tolist(), ids[:, -1], _last(backbone.hidden), [True], max(rows))
-        if drafter is not None:
-            drafter.begin(state.rows)
+        for one in dict.fromkeys(drafters.values()):
+            one.begin(state.rows)
         for _ in range(repeats + 1):
             for n, tree in trees.items():
                 tokens, tables = ids[:, -1:].repeat(1, n), tree.tables(device)
                 start = _now(device)
-                if drafter is not None:
-                    drafter.propose(state)
+                if n in drafters:
+                    drafters[n].propose(state)
                 logits = backbone(tokens, tables)
                 verifier(logits, tokens, [tree], tables, lambda row: ids, [True])
                 backbone.commit([(0,)], [True])

@@ -41,7 +41,7 @@ class StackedHeads:
             for block in range(heads.config.num_blocks)
         ]
         self.by_path = heads.config.reads == "path"  # a guess is known only when those before it are
-        self._paths = [cast(nn.Linear, head.path).weight.detach() for head in parts if head.path is not None]
+        self._paths = [head.path.weight.detach() for head in parts if head.path is not None]
         own = [head.vocabulary for head in parts]
         self._own = self._own_bias = self._down = self._up = None
         if isinstance(own[0], OwnVocabulary):

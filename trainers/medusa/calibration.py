@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from modules.decode_host.search import best_choices, best_size, time_steps
+from modules.decode_host.search import best_choices, best_size, expected_tokens, time_steps
 from modules.medusa import MedusaConfig, MedusaDrafter, StackedHeads
 from modules.medusa.output_layer import last_hidden_state
 
@@ -87,13 +87,22 @@ def best_tree(accuracy: Sequence[Sequence[float]], nodes: int) -> list[list[int]
 
 
 def fastest_tree(model: Any, heads: StackedHeads, accuracy: Sequence[Sequence[float]]) -> list[list[int]]:
-    """The tree that promises the most tokens per second here: by the measured time of a step of so many rows."""
-    widest = best_tree(accuracy, _ROWS[-1] - 1)
-    values = [value for _, value in best_choices(accuracy, len(widest))]
+    """The tree that promises the most tokens per second here: by the measured time of a step with just this tree.
+
+    Heads that run one after the other cost time by the tree's depth, so that is chosen along.
+    """
     limit = getattr(model.config, "max_position_embeddings", None) or 512
     context = max(1, min(256, limit - _ROWS[-1] - 1))
-    seconds = time_steps(model, _ROWS, context=context, drafter=MedusaDrafter(heads, widest))
-    return best_tree(accuracy, best_size(values, seconds))
+    rates: dict[float, list[list[int]]] = {}
+    for depth in range(1 if heads.by_path else len(accuracy), len(accuracy) + 1):
+        shallow = accuracy[:depth]
+        trees = {rows: best_tree(shallow, rows - 1) for rows in _ROWS}
+        drafters = {rows: MedusaDrafter(heads, tree) for rows, tree in trees.items() if len(tree) == rows - 1}
+        seconds = time_steps(model, list(drafters), context=context, drafter=drafters)
+        size = best_size([value for _, value in best_choices(shallow, _ROWS[-1])], seconds)
+        tree = trees[size + 1]
+        rates[expected_tokens(accuracy, [tuple(choice) for choice in tree]) / seconds[size + 1]] = tree
+    return rates[max(rates)]
 
 
 def calibrated(
