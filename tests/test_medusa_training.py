@@ -13,8 +13,8 @@ from torch import Tensor
 
 from checkpoints.load import load_adapter
 from data.text import TokenDocument, pack
+from modules.lora import lora_off
 from modules.medusa import StackedHeads, heads_of
-from modules.medusa.lora import lora_off
 from modules.medusa.output_layer import last_hidden_state
 from tests.tiny_language import tiny_llama
 from tests.tiny_medusa import PAD, periodic, tiny_task
@@ -103,7 +103,7 @@ def test_recorded_states_train_the_same_heads(tmp_path: Path) -> None:
 
 
 def gradients(task: Any, loss: Tensor) -> list[Tensor]:
-    parameters = [p for part in task.learned.lora_parts().values() for p in part.parameters()]
+    parameters = [p for part in task.lora_parts().values() for p in part.parameters()]
     return list(torch.autograd.grad(loss, parameters, allow_unused=False))
 
 
@@ -112,7 +112,7 @@ def test_medusa_2s_own_loss_is_the_divergence_from_the_backbone_without_lora() -
     blocks = blocks_of(task)
     assert task._backbone_loss(task._hidden(blocks), blocks).abs() < 1e-6
     with torch.no_grad():
-        for part in task.learned.lora_parts().values():
+        for part in task.lora_parts().values():
             for parameter in part.parameters():
                 parameter.normal_(std=0.2)
     with torch.no_grad(), lora_off(task.model):
