@@ -347,6 +347,33 @@ def test_the_exact_search_takes_the_best_cut_at_each_step() -> None:
     assert torch.equal(search_ranks(costs, (2, 2, 2), 16, 2, [budget], "exact")[budget], ranks)
 
 
+def coupled(ranks: Tensor) -> float:
+    """A divergence that no unit tells by itself: the first two hurt only where both are narrow."""
+    missing = (1 - ranks.flatten() / 16.0).clamp(min=0)
+    return float((missing[2:] ** 2).sum() + 40 * missing[0] * missing[1])
+
+
+@pytest.mark.parametrize("strategy", ["curves", "exact"])
+def test_refining_trades_steps_where_the_search_was_blind(strategy: Any) -> None:
+    budgets, calls = [0.75, 0.5], []
+
+    def counted(ranks: Tensor) -> float:
+        calls.append(ranks)
+        return coupled(ranks)
+
+    plain = search_ranks(coupled, (2, 2, 2), 16, 2, budgets, strategy)
+    found = search_ranks(counted, (2, 2, 2), 16, 2, budgets, strategy, refine=9)
+    for budget in budgets:
+        assert int(found[budget].sum()) == int(plain[budget].sum())
+        assert found[budget].min() >= 2 and found[budget].max() <= 16
+        assert coupled(found[budget]) <= coupled(plain[budget])
+    if strategy == "curves":  # which took both of the first two for free
+        assert coupled(found[0.5]) < 0.6 * coupled(plain[0.5])
+    before = len(calls)
+    search_ranks(counted, (2, 2, 2), 16, 2, [0.5], "curves", refine=1)
+    assert len(calls) - before <= 8 * 7 + 1 + 2 * 8 + 3  # one sweep: both neighbours of every unit, and a few trades
+
+
 def test_curves_are_measured_once_and_searched_ranks_are_no_worse(task: Any) -> None:
     calls = []
 

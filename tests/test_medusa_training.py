@@ -21,7 +21,7 @@ from tests.tiny_medusa import PAD, periodic, tiny_task
 from trainers.base import state_hash
 from trainers.medusa.calibration import Text, best_tree, count_hits, greedy_texts
 from trainers.run_folder import RunFolder
-from trainers.training import train
+from trainers.training import restore, train
 
 LORA = {
     "lora.rank": "2",
@@ -143,6 +143,11 @@ def test_a_medusa_2_adapter_brings_its_lora_and_takes_it_away(tmp_path: Path) ->
     changes = {**LORA, "lora.loss": "ce", "trainer.max_steps": "6", "trainer.save_every": "6"}
     task = run(tiny_task(periodic(13, 24, 13), **changes), tmp_path)
     task.export_adapter(tmp_path / "adapter")
+    checkpoint = RunFolder(tmp_path).latest_checkpoint()
+    assert checkpoint is not None
+    restored = tiny_task(periodic(13, 24, 13), **changes)
+    restore(restored, checkpoint)
+    assert all(torch.equal(value, task.lora_tensors()[name]) for name, value in restored.lora_tensors().items())
     model, ids = tiny_llama(), torch.tensor([[5, 9, 30, 7, 11, 200]])
     want, parts = model(input_ids=ids).logits, {name: type(part) for name, part in model.named_modules()}
     call = {"input_ids": ids, "max_new_tokens": 12, "do_sample": False}

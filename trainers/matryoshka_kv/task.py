@@ -155,6 +155,7 @@ class MatryoshkaTask(LoraTask):
                     self.interval,
                     settings.budgets,
                     settings.search,
+                    refine=settings.refine,
                 )
             self._tables = self.steps_done, {f"{budget:g}": ranks.tolist() for budget, ranks in found.items()}
         return self._tables[1]

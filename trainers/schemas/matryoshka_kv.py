@@ -26,6 +26,12 @@ class Module(Section):
         default="curves",
         description="how ranks are chosen: curves measures each by itself, batched and exact again and again",
     )
+    refine: int = Field(
+        default=0,
+        ge=0,
+        description="sweeps after the search that trade steps between units while the divergence falls, two "
+        "measurements per unit each",
+    )
     search_rows: PositiveInt = Field(default=8, description="rows of the training data that ranks are judged on")
 
     @field_validator("budgets")
