@@ -37,7 +37,9 @@ class LoraTask(FrozenBackboneTask):
         super().__init__(backbone, learned, recipe, copied)
         self.lora_settings = lora
         self.fingerprint, self.description = fingerprint(backbone), describe(backbone)
-        self._frozen = list(backbone.parameters())
+        # Counted and not kept: a list of them would keep alive what a strategy has replaced by shards.
+        sizes = [parameter.numel() for parameter in backbone.parameters()]
+        self._frozen = {"tensors": len(sizes), "parameters": sum(sizes)}
         if lora.rank:
             parts = add_lora(backbone, lora.model_dump())
             self.learned.lora = nn.ModuleDict({name.replace(".", "-"): part for name, part in parts.items()})
@@ -77,8 +79,7 @@ class LoraTask(FrozenBackboneTask):
     def parameter_table(self) -> list[dict[str, Any]]:
         """As for every method; what LoRA added to the backbone is not frozen and counted once."""
         rows = super().parameter_table()
-        rows[-1] |= {"tensors": len(self._frozen), "parameters": sum(value.numel() for value in self._frozen)}
-        return rows
+        return [*rows[:-1], rows[-1] | self._frozen]
 
     def adapter_target(self) -> Any:
         """The backbone, without what LoRA put into it."""
