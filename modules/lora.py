@@ -21,12 +21,18 @@ def add_lora(model: nn.Module, settings: Mapping[str, Any]) -> dict[str, nn.Modu
     Returns:
         by the layer's name its (A, B, dropout), which hold all that is new.
     Raises:
-        ValueError: the model already has LoRA, or has no layer of such a name.
+        ValueError: the model already has LoRA, or has no linear layer of such a name.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
     if _layers(model):
         raise ValueError("the model already has LoRA layers: merge or unload them first")
+    linear = {name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, nn.Linear)}
+    if missing := [target for target in settings["targets"] if target.rpartition(".")[2] not in linear]:
+        raise ValueError(
+            f"lora.targets names {missing[0]}, and the backbone has no linear layer of that name: it has "
+            f"{', '.join(sorted(linear))}"
+        )
     config = LoraConfig(
         r=settings["rank"],
         lora_alpha=settings["alpha"],

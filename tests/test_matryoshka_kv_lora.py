@@ -42,7 +42,7 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def tiny_task(backbone: str, **changes: str) -> Any:
-    return build_task(tiny_recipe("matryoshka_kv", backbone, **keys(LORA), **changes))
+    return build_task(tiny_recipe("matryoshka_kv", backbone, **{**keys(LORA), **changes}))
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +163,11 @@ def test_what_does_not_fit_is_refused_and_leaves_the_model(backbone: str, traine
     with load_adapter(model, trained[1] / "adapter"), pytest.raises(ValueError, match="."):
         load_adapter(model, trained[1] / "adapter")
     assert state_of_parts(model) == parts
+
+
+def test_a_layer_that_is_not_there_is_named(backbone: str) -> None:
+    with pytest.raises(ValueError, match="names qkv_proj, and the backbone has no linear layer of that name: it has"):
+        tiny_task(backbone, lora__targets="[q_proj,qkv_proj]")
 
 
 def test_the_teacher_is_the_model_as_it_was(backbone: str) -> None:
