@@ -12,17 +12,17 @@ from rich.console import Console
 from torch import Tensor
 
 from checkpoints.load import load_adapter
-from data.text import TokenDocument, pack
+from data.text import Blocks, TokenDocument, pack
+from modules.lora import lora_off
 from modules.medusa import StackedHeads, heads_of
 from modules.medusa.config import READS
-from modules.medusa.lora import lora_off
 from modules.medusa.output_layer import last_hidden_state
 from tests.tiny_language import tiny_llama
 from tests.tiny_medusa import PAD, periodic, tiny_task
 from trainers.base import state_hash
 from trainers.medusa.calibration import Text, best_tree, count_hits, greedy_texts
 from trainers.run_folder import RunFolder
-from trainers.training import train
+from trainers.training import restore, train
 
 LORA = {
     "lora.rank": "2",
@@ -127,7 +127,7 @@ def test_recorded_states_train_the_same_heads(tmp_path: Path) -> None:
 
 
 def gradients(task: Any, loss: Tensor) -> list[Tensor]:
-    parameters = [p for part in task.learned.lora_parts().values() for p in part.parameters()]
+    parameters = [p for part in task.lora_parts().values() for p in part.parameters()]
     return list(torch.autograd.grad(loss, parameters, allow_unused=False))
 
 
@@ -136,7 +136,7 @@ def test_medusa_2s_own_loss_is_the_divergence_from_the_backbone_without_lora() -
     blocks = blocks_of(task)
     assert task._backbone_loss(task._hidden(blocks), blocks).abs() < 1e-6
     with torch.no_grad():
-        for part in task.learned.lora_parts().values():
+        for part in task.lora_parts().values():
             for parameter in part.parameters():
                 parameter.normal_(std=0.2)
     with torch.no_grad(), lora_off(task.model):
@@ -167,6 +167,11 @@ def test_a_medusa_2_adapter_brings_its_lora_and_takes_it_away(tmp_path: Path) ->
     changes = {**LORA, "lora.loss": "ce", "trainer.max_steps": "6", "trainer.save_every": "6"}
     task = run(tiny_task(periodic(13, 24, 13), **changes), tmp_path)
     task.export_adapter(tmp_path / "adapter")
+    checkpoint = RunFolder(tmp_path).latest_checkpoint()
+    assert checkpoint is not None
+    restored = tiny_task(periodic(13, 24, 13), **changes)
+    restore(restored, checkpoint)
+    assert all(torch.equal(value, task.lora_tensors()[name]) for name, value in restored.lora_tensors().items())
     model, ids = tiny_llama(), torch.tensor([[5, 9, 30, 7, 11, 200]])
     want, parts = model(input_ids=ids).logits, {name: type(part) for name, part in model.named_modules()}
     call = {"input_ids": ids, "max_new_tokens": 12, "do_sample": False}

@@ -59,7 +59,7 @@ def tiny_heads(model: Any, recipe: Any) -> MedusaHeads:
         vocabulary=settings.vocabulary,
         rank=settings.rank,
         reads=settings.reads,
-        lora=recipe.lora.model_dump(include={"rank", "alpha", "dropout", "targets"}) if recipe.lora.rank else None,
+        lora=recipe.lora.entry(),
     )
     return MedusaHeads(config).start_from(layer)
 
