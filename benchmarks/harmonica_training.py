@@ -165,15 +165,14 @@ def curve(args: argparse.Namespace) -> None:
         rows += first + sum(others, [])
         for other in others:
             end, reached = other[-1], first_below(first, float(other[-1]["mse"]))
-            when = (
-                "never" if reached is None else f"after {reached['training_s']} s, {reached['processor_s']} of one core"
-            )
-            print(
-                f"compute {share:g}: {end['recipe']} ends at {end['mse']} after {end['training_s']} s, "
-                f"{end['processor_s']} of one core; {first[0]['recipe']} has no more {when}"
-            )
+            print(f"compute {share:g}: {_when(end)} {end['recipe']} ends at {end['mse']}, which {first[0]['recipe']}")
+            print("  does not reach" if reached is None else f"  has reached {_when(reached)}")
     if args.save:
         print(results.append("harmonica_training_curve", rows))
+
+
+def _when(row: dict[str, Any]) -> str:
+    return f"after {row['training_s']} s ({row['processor_s']} s of processor)"
 
 
 def _overrides(args: argparse.Namespace) -> dict[str, str]:

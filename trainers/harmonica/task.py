@@ -28,10 +28,6 @@ from trainers.harmonica.student import Row, Sampler, SoftCache
 from trainers.noise_form import NoisePredictor
 from trainers.schemas.harmonica import Recipe
 
-_DAMPING = 20.0
-"""Trajectories that a change of the computed share is looked ahead by: scores move by steps of fixed size, so that a
-pure integral overshoots by half of the table."""
-
 
 class Learned(nn.Module):
     """The table, and what a run that goes on must know besides.
@@ -140,7 +136,7 @@ class HarmoniCaTask(CacheTask):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The logits, and the forecast's corrections with a learning rate of their own."""
         router, settings = self.learned.router, self.settings
-        groups: list[dict[str, Any]] = [{"params": list(router.logits)}]
+        groups: list[dict[str, Any]] = [{"params": list(router.logits), "eps": settings.objective.epsilon}]
         if len(router.corrections):
             rate = settings.optimizer.lr * settings.objective.forecast_lr
             groups.append({"params": list(router.corrections), "lr": rate})
@@ -245,10 +241,15 @@ class HarmoniCaTask(CacheTask):
         compute = float(self.learned.router.mask().float().mean())
         objective = self.settings.objective
         if objective.target_compute is not None and number:
-            excess, change = compute - objective.target_compute, compute - float(self.learned.computed)
-            self.learned.beta *= math.exp(objective.beta_rate * (excess + _DAMPING * change))
+            excess, change = compute - self._asked(objective.target_compute), compute - float(self.learned.computed)
+            self.learned.beta *= math.exp(objective.beta_rate * (excess + objective.beta_damping * change))
         self.learned.computed.fill_(compute)
         self.note(compute=torch.tensor(compute), beta=self.learned.beta[0])
+
+    def _asked(self, target: float) -> float:
+        """The share that beta follows now: it falls from 1 to the target in the first `anneal` of training."""
+        until = self.settings.objective.anneal * self.settings.trainer.max_steps
+        return target if self.steps_done >= until else 1 - (1 - target) * self.steps_done / until
 
     @torch.no_grad()
     def _refresh(self, number: int) -> None:

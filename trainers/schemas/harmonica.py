@@ -65,6 +65,24 @@ class Objective(Section):
     beta_rate: float = Field(
         default=0.5, gt=0, description="how fast beta follows: beta *= exp(rate * excess) per trajectory, damped"
     )
+    beta_damping: float = Field(
+        default=20.0,
+        ge=0,
+        description="trajectories that a change of the share is looked ahead by: without, scores, which move by steps "
+        "of fixed size, overshoot by half of the table",
+    )
+    anneal: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="part of training in which the share that beta follows falls from 1 to target_compute, so that "
+        "what matters least is given up first; 0 asks for the target at once",
+    )
+    epsilon: float = Field(
+        default=1e-8,
+        gt=0,
+        description="Adam's epsilon for the scores; their gradients are as small as beta, and move less below it",
+    )
     polarize: float = Field(
         default=0.0, ge=0, description="weight of sum r (1 - r) in the last fifth of training, times beta"
     )
