@@ -2,12 +2,14 @@
 
     python -m benchmarks.harmonica_training memory    peak memory of training at 10, 20 and 50 sampler steps
     python -m benchmarks.harmonica_training curve     error of the images over the time that training took
+    python -m benchmarks.harmonica_training tables    error of tables that compute half and were not learned
 
 `memory` trains two trajectories of `harmonica_dit` per point, in a process of its own.  `curve` trains each recipe to
 its end at each share of computed units, and pauses the clocks while the exported cache draws held-out images.  What
 was prepared before the first update (Learning-to-Cache draws its samples) is a column of its own; processor time is
 beside the clock's, since it does not depend on what else a machine does.  Keys of the recipes follow as key=value.
-Both print their rows, and with --save append them to benchmarks/results/harmonica_training_*.csv.
+`tables` tells what a router can win: units that are computed in the same steps, and units that each go their own way.
+All print their rows, and with --save append them to benchmarks/results/harmonica_training_*.csv.
 """
 
 from __future__ import annotations
@@ -89,24 +91,31 @@ class Clocks:
         return self.spent
 
 
-def judge_of(task: Any) -> tuple[Callable[[], tuple[float, float]], float]:
-    """What gives the mean squared error of held-out images to the full run's, and the share that is computed.
-
-    Beside it: the error of holding every second step.
-    """
+def judged_by(task: Any) -> tuple[list[Any], list[int], torch.Tensor]:
+    """Held-out inputs, seeds of their noise, and the full run's images."""
     from data.inputs import held_out_inputs
     from data.stepped import derive_seed
-    from modules.diffusion_host import attach_reuse
-    from modules.reuse import EveryN, Hold
-    from trainers.image_quality import mse
 
     inputs = held_out_inputs(task.recipe.backbone.name, task.recipe.data.prompts, 0, JUDGED)
     seeds = [derive_seed(0, "judged", i) for i in range(JUDGED)]
     call = {"num_inference_steps": len(task.config.timesteps), "guidance_scale": task.config.guidance}
     with task.without_hooks():
-        full = task.running.generate(inputs, seeds, **call)
-        with attach_reuse(task.running.pipe, EveryN(2), Hold(), task.config.granularity):
-            held = mse(task.running.generate(inputs, seeds, **call), full)
+        return inputs, seeds, task.running.generate(inputs, seeds, **call)
+
+
+def judge_of(task: Any) -> tuple[Callable[[], tuple[float, float]], float]:
+    """What gives the mean squared error of held-out images to the full run's, and the share that is computed.
+
+    Beside it: the error of holding every second step.
+    """
+    from modules.diffusion_host import attach_reuse
+    from modules.reuse import EveryN, Hold
+    from trainers.image_quality import mse
+
+    inputs, seeds, full = judged_by(task)
+    call = {"num_inference_steps": len(task.config.timesteps), "guidance_scale": task.config.guidance}
+    with task.without_hooks(), attach_reuse(task.running.pipe, EveryN(2), Hold(), task.config.granularity):
+        held = mse(task.running.generate(inputs, seeds, **call), full)
 
     def judge() -> tuple[float, float]:
         with task.without_hooks(), task.attach_exported() as handle:
@@ -171,6 +180,38 @@ def curve(args: argparse.Namespace) -> None:
         print(results.append("harmonica_training_curve", rows))
 
 
+LATE = [0, 5, 8, 9, 11, 13, 15, 17, 18, 19]
+"""The steps that the forecast's search (docs/methods/forecast.md) found for the embedded DiT at half."""
+
+
+def tables(args: argparse.Namespace) -> None:
+    """One row per table of half of the entries, for 20 steps."""
+    from modules.harmonica import attach_masks
+    from trainers.image_quality import mse
+    from trainers.training import build_task
+
+    rows = []
+    for name in args.recipes:
+        task = build_task(compose_recipe(name, {"logger": "none"} | _overrides(args)))
+        inputs, seeds, full = judged_by(task)
+        units, generator = len(task.config.units), torch.Generator().manual_seed(0)
+        steps = torch.arange(20)[:, None]
+        own_phase = (steps + torch.randint(2, (units,), generator=generator)) % 2 == 0
+        random = torch.rand(20, units, generator=generator) < 9 / 19
+        found = {
+            "every second step": (steps % 2 == 0).expand(20, units),
+            "late steps": torch.isin(steps, torch.tensor(LATE)).expand(20, units),
+            "every second step, each unit with its own phase": own_phase | (steps == 0),
+            "at random": random | (steps == 0),
+        }
+        for title, mask in found.items():
+            with task.without_hooks(), attach_masks(task.running.pipe, task.config, mask[None], None) as handle:
+                error = mse(task.running.generate(inputs, seeds, **handle.call_kwargs), full)
+            rows.append({"backbone": task.recipe.backbone.name, "table": title})
+            rows[-1] |= {"compute": round(float(mask.float().mean()), 4), "mse": f"{error:.3e}"}
+    _tell("tables", rows, args.save)
+
+
 def _when(row: dict[str, Any]) -> str:
     return f"after {row['training_s']} s ({row['processor_s']} s of processor)"
 
@@ -196,10 +237,13 @@ if __name__ == "__main__":
     two.add_argument("--compute", type=float, nargs="+", default=[0.5, 0.65], help="shares of computed units")
     two.add_argument("--points", type=int, default=10, help="how often training is judged")
     two.set_defaults(run=curve)
-    three = commands.add_parser("point")
-    three.add_argument("--steps", type=int, required=True)
-    three.set_defaults(run=point)
-    for command in (one, two):
+    three = commands.add_parser("tables")
+    three.add_argument("--recipes", nargs="+", default=["harmonica_dit", "harmonica_pixart"])
+    three.set_defaults(run=tables)
+    four = commands.add_parser("point")
+    four.add_argument("--steps", type=int, required=True)
+    four.set_defaults(run=point)
+    for command in (one, two, three):
         command.add_argument("--save", action="store_true")
     overrides = [word for word in sys.argv[1:] if "=" in word and not word.startswith("-")]
     arguments = parser.parse_args([word for word in sys.argv[1:] if word not in overrides])

@@ -136,7 +136,7 @@ class HarmoniCaTask(CacheTask):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The logits, and the forecast's corrections with a learning rate of their own."""
         router, settings = self.learned.router, self.settings
-        groups: list[dict[str, Any]] = [{"params": list(router.logits), "eps": settings.objective.epsilon}]
+        groups: list[dict[str, Any]] = [{"params": list(router.logits)}]
         if len(router.corrections):
             rate = settings.optimizer.lr * settings.objective.forecast_lr
             groups.append({"params": list(router.corrections), "lr": rate})
@@ -241,15 +241,21 @@ class HarmoniCaTask(CacheTask):
         compute = float(self.learned.router.mask().float().mean())
         objective = self.settings.objective
         if objective.target_compute is not None and number:
-            excess, change = compute - self._asked(objective.target_compute), compute - float(self.learned.computed)
-            self.learned.beta *= math.exp(objective.beta_rate * (excess + objective.beta_damping * change))
+            excess, change = compute - self._asked(objective.target_compute, compute), compute - self.learned.computed
+            if excess:
+                self.learned.beta *= math.exp(objective.beta_rate * (excess + objective.beta_damping * float(change)))
         self.learned.computed.fill_(compute)
         self.note(compute=torch.tensor(compute), beta=self.learned.beta[0])
 
-    def _asked(self, target: float) -> float:
-        """The share that beta follows now: it falls from 1 to the target in the first `anneal` of training."""
+    def _asked(self, target: float, compute: float) -> float:
+        """The share that beta is to reach now: the nearest to `compute` that is asked for.
+
+        In the first `anneal` of training that is anything from the target up to a bound that falls from 1 to it: scores
+        that fall by themselves, because their units are worth nothing, must not drive beta down.
+        """
         until = self.settings.objective.anneal * self.settings.trainer.max_steps
-        return target if self.steps_done >= until else 1 - (1 - target) * self.steps_done / until
+        most = target if self.steps_done >= until else 1 - (1 - target) * self.steps_done / until
+        return min(max(compute, target), most)
 
     @torch.no_grad()
     def _refresh(self, number: int) -> None:
@@ -264,6 +270,8 @@ class HarmoniCaTask(CacheTask):
             latents = latents * self.sampler.scheduler().init_noise_sigma
             estimate = paper_lambdas if mode == "paper" else telescoping_lambdas
             found = estimate(lambda table: self.sampler.final(latents, conditions, table), self.learned.row, routed)
+        if self.settings.objective.lambda_mean and (mean := float(found.mean())):
+            found = found * (self.settings.objective.lambda_mean / mean)
         self.learned.lambdas.copy_(found)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

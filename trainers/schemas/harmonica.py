@@ -54,6 +54,12 @@ class Objective(Section):
     )
     refresh: PositiveInt = Field(default=500, description="updates between two estimates of the weights")
     lambda_batch: PositiveInt = Field(default=8, description="images that the weights are estimated from")
+    lambda_mean: float = Field(
+        default=0.0,
+        ge=0,
+        description="what the weights are scaled to on average, so that beta does not have to follow their size, which "
+        "falls by orders of magnitude as the table improves; 0 leaves them as estimated",
+    )
     beta: float = Field(default=7e-8, ge=0, description="price of a computed unit")
     target_compute: float | None = Field(
         default=None,
@@ -75,13 +81,8 @@ class Objective(Section):
         default=0.0,
         ge=0,
         lt=1,
-        description="part of training in which the share that beta follows falls from 1 to target_compute, so that "
+        description="part of training in which the most that may be computed falls from 1 to target_compute, so that "
         "what matters least is given up first; 0 asks for the target at once",
-    )
-    epsilon: float = Field(
-        default=1e-8,
-        gt=0,
-        description="Adam's epsilon for the scores; their gradients are as small as beta, and move less below it",
     )
     polarize: float = Field(
         default=0.0, ge=0, description="weight of sum r (1 - r) in the last fifth of training, times beta"
