@@ -19,7 +19,7 @@ from tests.tiny import tiny_pipeline
 from tests.tiny_forecast import save_tiny
 from tests.tiny_ilf import driver_of, hooked
 from trainers.base import state_hash
-from trainers.harmonica.lambdas import analytic_lambdas, paper_lambdas, telescoping_lambdas
+from trainers.harmonica.lambdas import analytic_lambdas, paper_lambdas, relative_lambdas, telescoping_lambdas
 from trainers.image_quality import mse
 from trainers.noise_form import NoisePredictor
 from trainers.recipes import compose_recipe
@@ -104,7 +104,25 @@ def test_lambdas_are_those_of_the_note() -> None:
     assert got.tolist() == pytest.approx([0.25, (0.5 - -2.0) ** 2])
 
 
-@pytest.mark.parametrize("mode", ["paper", "telescoping"])
+def test_relative_weights_times_errors_are_the_change_of_the_image(name: str) -> None:
+    task = task_of(name)
+    latents, conditions = task._drawn(2, "weights", 0)
+    final = lambda table: task.sampler.final(latents, conditions, table)  # noqa: E731
+    errors, routed = task.sampler.errors(latents, conditions, task.learned.row), task.config.routed
+    assert errors[0] == 0 and (errors[1:] > 0).all()
+    change, relative = (
+        paper_lambdas(final, task.learned.row, routed),
+        relative_lambdas(final, errors, task.learned.row, routed),
+    )
+    torch.testing.assert_close(relative * (errors[routed] + 1e-3 * errors.max()), change)
+    # Where one step alone reuses, the prediction's error is that step's, and so is the change of the image.
+    alone = lambda step: task.learned.row(step) if step == routed[-1] else None  # noqa: E731
+    errors = task.sampler.errors(latents, conditions, alone)
+    assert (errors[: routed[-1]] == 0).all() and errors[routed[-1]] > 0
+    assert relative_lambdas(final, errors, alone, routed)[:-1].tolist() == [0.0] * (len(routed) - 1)
+
+
+@pytest.mark.parametrize("mode", ["paper", "relative", "telescoping"])
 def test_nothing_reused_weighs_nothing_and_weights_have_no_gradient(name: str, mode: str) -> None:
     task = task_of(name, objective__lambda_mode=mode)
     task._refresh(0)

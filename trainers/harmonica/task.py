@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -22,7 +23,7 @@ from modules.pipelines import Conditions, DiffusionDriver
 from modules.reuse import EveryN
 from modules.solvers import noise_of
 from trainers.cache_task import CacheTask, load_driver, own_runs, sampling_of
-from trainers.harmonica.lambdas import analytic_lambdas, paper_lambdas, telescoping_lambdas
+from trainers.harmonica.lambdas import analytic_lambdas, paper_lambdas, relative_lambdas, telescoping_lambdas
 from trainers.harmonica.refit import Refit
 from trainers.harmonica.student import Row, Sampler, SoftCache
 from trainers.noise_form import NoisePredictor
@@ -268,8 +269,11 @@ class HarmoniCaTask(CacheTask):
         else:
             latents, conditions = self._drawn(self.settings.objective.lambda_batch, "weights", number)
             latents = latents * self.sampler.scheduler().init_noise_sigma
-            estimate = paper_lambdas if mode == "paper" else telescoping_lambdas
-            found = estimate(lambda table: self.sampler.final(latents, conditions, table), self.learned.row, routed)
+            final, table = partial(self.sampler.final, latents, conditions), self.learned.row
+            if mode == "relative":
+                found = relative_lambdas(final, self.sampler.errors(latents, conditions, table), table, routed)
+            else:
+                found = (paper_lambdas if mode == "paper" else telescoping_lambdas)(final, table, routed)
         if self.settings.objective.lambda_mean and (mean := float(found.mean())):
             found = found * (self.settings.objective.lambda_mean / mean)
         self.learned.lambdas.copy_(found)

@@ -47,10 +47,11 @@ class Objective(Section):
         description="step-wise denoising training along whole trajectories, or Learning-to-Cache on noised samples, "
         "where every second step is routed",
     )
-    lambda_mode: Literal["paper", "telescoping", "analytic", "none"] = Field(
+    lambda_mode: Literal["paper", "relative", "telescoping", "analytic", "none"] = Field(
         default="paper",
         description="weight of each step's error: its effect on the final image if that step alone computes all (the "
-        "paper), or as rows are switched on one after the other (its code), by the sampler's formula, or 1",
+        "paper), that over the error itself, as rows are switched on one after the other (the paper's code), by the "
+        "sampler's formula, or 1",
     )
     refresh: PositiveInt = Field(default=500, description="updates between two estimates of the weights")
     lambda_batch: PositiveInt = Field(default=8, description="images that the weights are estimated from")
