@@ -20,8 +20,9 @@ from modules.learned_cache import CacheHandle
 from modules.pipelines import DiffusionDriver
 from modules.reuse import Hold, StepTable, Taylor
 from modules.sites import block_stack
+from trainers.cache_dit_cases import MISSING, dbcache_cases, installed
 from trainers.config import EvaluateConfig
-from trainers.diffusion_cases import Probe, plain_case, reference_images, reuse_case, rivals_at
+from trainers.diffusion_cases import Probe, batches_of, plain_case, reference_images, reuse_case, rivals_at
 from trainers.evaluation import IMAGE_QUALITY, EvaluationSetup
 from trainers.report import QualityFn
 from trainers.rows import Case
@@ -45,13 +46,19 @@ def cache_setup(driver: DiffusionDriver, adapter: Path, config: EvaluateConfig) 
     steps, guidance = len(manifest.module["timesteps"]), {"guidance_scale": manifest.module["guidance"]}
     reference = reference_images(driver, inputs, seeds, steps, settings.batch_size, **guidance)
     timed = min(settings.timing_batch, len(inputs))
-    probe = Probe(driver=driver, inputs=inputs[:timed], seeds=seeds[:timed], reference=reference[:timed])
+    probe = Probe(
+        driver=driver,
+        inputs=inputs[:timed],
+        seeds=seeds[:timed],
+        reference=reference[:timed],
+        batches=batches_of(inputs, seeds, settings.batch_size),
+    )
 
     def attach() -> CacheHandle:
         handle: CacheHandle = method_module(manifest.method).attach(driver.pipe, manifest, tensors)
         return handle
 
-    cases = learned_cache_cases(manifest.method, attach, probe, steps, **guidance)
+    cases = learned_cache_cases(manifest.method, attach, probe, steps, settings.rivals, **guidance)
     quality: dict[str, QualityFn] = dict(IMAGE_QUALITY)
     if (accuracy := accuracy_of(name)) is not None:
         quality["accuracy"] = lambda images, _, asked: accuracy(images, list(asked))
@@ -63,11 +70,12 @@ def cache_setup(driver: DiffusionDriver, adapter: Path, config: EvaluateConfig) 
         reference_text=f"{steps} steps of {type(driver.pipe.scheduler).__name__} from the same noise",
         quality=quality,
         timing_batch=timed,
+        left_out=[] if installed() or not settings.rivals else [MISSING],
     )
 
 
 def learned_cache_cases(
-    name: str, attach: Callable[[], CacheHandle], probe: Probe, steps: int, **call: Any
+    name: str, attach: Callable[[], CacheHandle], probe: Probe, steps: int, rivals: bool = True, **call: Any
 ) -> list[Case]:
     """Baseline, the adapter at each operating point (the one it attaches with first), and the rivals of each.
 
@@ -83,13 +91,16 @@ def learned_cache_cases(
     for share in shares:
         titles.setdefault(f"{name} {share:.0%}", share)
     own = [point_case(title, attach, share) for title, share in titles.items()]
-    rivals: dict[str, Case] = {}
+    if not rivals:
+        return [baseline, *own]
+    found: dict[str, Case] = {}
     schedule = _dp_schedules(probe, steps, call)
     for case in own:
         work = probe.run(case)[0]
-        found = rivals_at(work, probe, per_step, steps, **call)
-        found.append(dp_case(probe.driver, schedule, work / per_step, **call))
-        rivals.update({rival.name: rival for rival in found})
+        beside = rivals_at(work, probe, per_step, steps, **call)
+        beside.append(dp_case(probe.driver, schedule, work / per_step, **call))
+        beside += dbcache_cases(probe, work, steps, **call) if installed() else []
+        found.update({rival.name: rival for rival in beside})
     family = [
         reuse_case(
             probe.driver,
@@ -104,7 +115,7 @@ def learned_cache_cases(
         for op, make in _FAMILY.items()
         if op != own_op(first.predictor())
     ]
-    return [baseline, *own, *family, *rivals.values()]
+    return [baseline, *own, *family, *found.values()]
 
 
 _FAMILY: dict[str, Callable[[], Predictor]] = {
