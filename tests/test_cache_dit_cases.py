@@ -1,4 +1,4 @@
-"""cache-dit as a peer: it runs on both backbones, skips what it says, and leaves nothing behind; without it we say so."""
+"""cache-dit as a peer: it skips what it says, and leaves nothing behind; without it the report says so."""
 
 from __future__ import annotations
 
