@@ -58,6 +58,8 @@ def test_every_operating_point_is_measured_beside_rivals_of_its_own(
     assert [case.name for case in setup.cases if case.kind == "adapter"] == ["forecast 50%", "forecast 33%"]
     assert len({case.name for case in setup.cases}) == len(setup.cases)
     assert {"2 steps", "3 steps", "DP schedule, 2 of 6", "DP schedule, 3 of 6"} <= {case.name for case in setup.cases}
+    groups = {case.group for case in setup.cases if case.kind in ("plain", "untrained")}
+    assert groups == {"fewer steps", "hold", "TaylorSeer", "FirstBlockCache", "DP schedule"}
     probe = Probe(driver=running, inputs=setup.inputs, seeds=setup.seeds, reference=setup.reference)
     work = {case.name: probe.run(case) for case in setup.cases}
     assert work["6 steps"][0] == 24 and work["6 steps"][1] > 60  # the reference is the full run

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,22 @@ from checkpoints.manifest import check_valid_for, read_manifest
 from data.inputs import accuracy_of, held_out_inputs
 from data.stepped import derive_seed
 from modules.contracts import Predictor
+from modules.harmonica import predictor_of
 from modules.learned_cache import CacheHandle
 from modules.pipelines import DiffusionDriver
 from modules.reuse import Hold, StepTable, Taylor
 from modules.sites import block_stack
 from trainers.cache_dit_cases import MISSING, dbcache_cases, installed
 from trainers.config import EvaluateConfig
-from trainers.diffusion_cases import Probe, batches_of, plain_case, reference_images, reuse_case, rivals_at
+from trainers.diffusion_cases import (
+    Probe,
+    batches_of,
+    held_units,
+    plain_case,
+    reference_images,
+    reuse_case,
+    rivals_at,
+)
 from trainers.evaluation import IMAGE_QUALITY, EvaluationSetup
 from trainers.report import QualityFn
 from trainers.rows import Case
@@ -101,28 +111,17 @@ def learned_cache_cases(
         beside.append(dp_case(probe.driver, schedule, work / per_step, **call))
         beside += dbcache_cases(probe, work, steps, **call) if installed() else []
         found.update({rival.name: rival for rival in beside})
-    family = [
-        reuse_case(
-            probe.driver,
-            f"its own table, {op}",
-            "",
-            lambda make=make: (StepTable(first.table), make()),  # type: ignore[misc]
-            granularity,
-            steps,
-            kind="peer",
-            **call,
-        )
-        for op, make in _FAMILY.items()
-        if op != own_op(first.predictor())
-    ]
+    family = []
+    for op, title in _FAMILY.items():
+        if title != own_op(first.predictor()):
+            make = predictor_of(op, granularity=granularity)
+            members = partial(lambda make: (StepTable(first.table), make()), make)
+            name = f"its own table, {title}"
+            family.append(reuse_case(probe.driver, name, "", members, granularity, steps, kind="peer", **call))
     return [baseline, *own, *family, *found.values()]
 
 
-_FAMILY: dict[str, Callable[[], Predictor]] = {
-    "hold": Hold,
-    "Taylor 1": lambda: Taylor(1),
-    "Taylor 2": lambda: Taylor(2),
-}
+_FAMILY = {"hold": "hold", "taylor1": "Taylor 1", "taylor2": "Taylor 2"}
 
 
 def own_op(predictor: Predictor) -> str:
@@ -177,12 +176,13 @@ def dp_segments(distances: Tensor, count: int) -> list[int]:
 def _dp_schedules(probe: Probe, steps: int, call: dict[str, Any]) -> Tensor:
     """Distances [T, T] between the last block's outputs over the steps of a full run, on the first probe inputs."""
     driver, features = probe.driver, list[Tensor]()
-    block = block_stack(driver.transformer).blocks[-1]
+    stack = block_stack(driver.transformer)
+    streams = stack.streams(len(stack) - 1)
 
     def keep(module: Any, args: Any, output: Any) -> None:
-        features.append((output if isinstance(output, Tensor) else output[0]).detach().float())
+        features.append(streams.unpack(output)[0].detach().float())
 
-    remover = block.register_forward_hook(keep)
+    remover = stack.blocks[-1].register_forward_hook(keep)
     try:
         inputs, seeds = list(probe.inputs[:_DP_INPUTS]), list(probe.seeds[:_DP_INPUTS])
         driver.generate(inputs, seeds, num_inference_steps=steps, **call)
@@ -196,9 +196,10 @@ def dp_case(driver: DiffusionDriver, distances: Tensor, computed: float, **call:
     steps = len(distances)
     count = min(steps, max(1, math.ceil(computed - 1e-9)))
     table = [step in set(dp_segments(distances, count)) for step in range(steps)]
+    granularity, held = held_units(driver)
 
     def members() -> tuple[StepTable, Predictor]:
-        return StepTable(table), Hold()
+        return StepTable(table), held()
 
     name = f"DP schedule, {count} of {steps}"
-    return reuse_case(driver, name, "DP schedule", members, "submodule", steps, **call)
+    return reuse_case(driver, name, "DP schedule", members, granularity, steps, **call)

@@ -283,7 +283,10 @@ class PublishConfig(Section):
 class ConvertConfig(Section):
     """`python -m trainers.convert`: make an adapter of what somebody else trained."""
 
-    source: Text = Field(description="folder or Hub id with the trained module, in safetensors")
+    source: Text = Field(
+        description="medusa: folder or Hub id with the heads, in safetensors; harmonica: file of Learning-to-Cache's "
+        "released routers"
+    )
     revision: Text | None = Field(default=None, description="Hub commit or tag of the source; null takes the newest")
     method: str = Field(default="medusa", description="what it is")
     backbone: Backbone = Field(description="the model that it was trained on")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from modules.contracts import Granularity, Handle, Predictor, Selector
 from modules.diffusion_host import WorkCounter, attach_reuse
 from modules.pipelines import DiffusionDriver
 from modules.reuse import Delta, EveryN, FirstBlockTest, Hold, Taylor
+from modules.sites import finest_granularity
 from trainers.image_quality import psnr_db
 from trainers.rows import Case, Kind
 
@@ -117,19 +118,27 @@ def reuse_case(
 
 
 def hold_case(driver: DiffusionDriver, interval: int, warmup: int, steps: int, **call: Any) -> Case:
-    """Every `interval`-th step in full, attention and feed-forward outputs held in between."""
-    name = f"hold every {interval}, warm-up {warmup}"
-    return reuse_case(driver, name, "hold", lambda: (EveryN(interval, warmup), Hold()), "submodule", steps, **call)
+    """Every `interval`-th step in full, attention and feed-forward outputs (see `held_units`) held in between."""
+    name, (granularity, hold) = f"hold every {interval}, warm-up {warmup}", held_units(driver)
+    return reuse_case(driver, name, "hold", lambda: (EveryN(interval, warmup), hold()), granularity, steps, **call)
+
+
+def held_units(driver: DiffusionDriver) -> tuple[Granularity, type[Hold]]:
+    """The finest units of a backbone, and what holds them: outputs of sub-modules, residuals of whole blocks."""
+    granularity = finest_granularity(driver.transformer)
+    return granularity, Hold if granularity == "submodule" else Delta
 
 
 def taylor_case(driver: DiffusionDriver, interval: int, warmup: int, steps: int, order: int = 1, **call: Any) -> Case:
     """TaylorSeer (arXiv:2503.06923): as `hold_case`, but extrapolated, in the paper's form."""
     name = f"TaylorSeer every {interval}, warm-up {warmup}, order {order}"
+    granularity, held = held_units(driver)
 
     def members() -> tuple[Selector, Predictor]:
-        return EveryN(interval, warmup), Taylor(order, form="taylor")
+        feature: Literal["output", "residual"] = "residual" if held is Delta else "output"
+        return EveryN(interval, warmup), Taylor(order, form="taylor", feature=feature)
 
-    return reuse_case(driver, name, "TaylorSeer", members, "submodule", steps, **call)
+    return reuse_case(driver, name, "TaylorSeer", members, granularity, steps, **call)
 
 
 def first_block_case(driver: DiffusionDriver, threshold: float, steps: int, **call: Any) -> Case:
