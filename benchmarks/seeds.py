@@ -6,8 +6,8 @@
 Each line has the lowest and highest value over the seeds.  At every operating point of the adapter stand its rivals,
 untrained, plain and peers: of each method the row with the least work that is no less than the adapter's, as counted.
 The last lines say whether the adapter's range of MSE lies below all of theirs, and how its accuracy is to the
-baseline's.  Rivals are not trained, so a report without them (`evaluation.rivals=false`) takes those of the others, if
-it was measured on the same inputs.
+baseline's.  Rivals are not trained, so a report without them (`evaluation.rivals=none`) takes those of the others, or
+of other recipes' reports (`--rivals`), if it was measured on the same inputs.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import json
 import re
 import statistics
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,9 +60,11 @@ def method_of(row: Row, groups: dict[str, str]) -> str:
     return re.split(r" every| \d", row["name"])[0] + (order[0] if order else "")
 
 
-def lines_of(reports: list[dict[str, Any]]) -> list[Line]:
+def lines_of(reports: list[dict[str, Any]], others: Sequence[dict[str, Any]] = ()) -> list[Line]:
     """Every operating point with its rivals, in the order of the first report's points; the baseline comes first.
 
+    Args:
+        others: reports of other adapters, whose rivals count too; not their own parts.
     Raises:
         ValueError: the reports are of different adapters, or of different inputs where one has no rivals.
     """
@@ -69,24 +72,25 @@ def lines_of(reports: list[dict[str, Any]]) -> list[Line]:
     if not names[0] or any(sorted(other) != sorted(names[0]) for other in names):
         raise ValueError(f"the reports have the adapter rows {names}: give runs of one recipe")
     compared = [report for report in reports if any(row["kind"] == "plain" for row in report["rows"])]
-    inputs = [[report[key] for key in ("backbone", "seed", "inputs", "reference")] for report in reports]
-    if len(compared) < len(reports) and any(one != inputs[0] for one in inputs):
-        raise ValueError(f"one report has no rivals, and the reports are of different inputs ({inputs}): measure them")
+    inputs = [[report[key] for key in ("backbone", "seed", "inputs", "reference")] for report in [*reports, *others]]
+    if (len(compared) < len(reports) or others) and any(one != inputs[0] for one in inputs):
+        raise ValueError(f"rivals are of another report, and the reports of different inputs ({inputs}): measure them")
     lines = [Line("", "baseline", [row for report in reports for row in report["rows"] if row["kind"] == "baseline"])]
     for point in names[0]:
         own = [next(row for row in report["rows"] if row["name"] == point) for report in reports]
+        work = max(row["work"]["blocks"] for row in own)
         rivals: dict[str, list[Row]] = {}
-        for report in compared:
-            for method, row in _rivals(report, point).items():
-                rivals.setdefault(method, []).append(row)
+        for report in [*reports, *others]:
+            for method, row in _rivals(report, work).items():
+                if report in reports or not method.startswith("its own"):
+                    rivals.setdefault(method, []).append(row)
         found = [Line(point, method, rows) for method, rows in rivals.items()]
         lines += [Line(point, point, own), *sorted(found, key=lambda line: min(line.values("mse")))]
     return lines
 
 
-def _rivals(report: dict[str, Any], point: str) -> dict[str, Row]:
-    """Of each method the row of a report with the least work that is no less than the adapter's at a point."""
-    work = next(row["work"]["blocks"] for row in report["rows"] if row["name"] == point)
+def _rivals(report: dict[str, Any], work: float) -> dict[str, Row]:
+    """Of each method the row of a report with the least work that is no less than the adapter's."""
     found: dict[str, Row] = {}
     for row in report["rows"]:
         if row["kind"] in ("untrained", "plain", "peer") and row["work"]["blocks"] >= work:
@@ -150,14 +154,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, help="run folders that hold a report.json")
     parser.add_argument("--save", metavar="NAME", help="add to benchmarks/results/NAME.csv")
+    parser.add_argument("--rivals", nargs="+", type=Path, default=[], help="run folders of other recipes")
     parser.add_argument("--no-speed", action="store_true", help="leave speedups out: the machine was busy with others")
     arguments = parser.parse_args()
-    if missing := [str(folder) for folder in arguments.folders if not (folder / "report.json").is_file()]:
+    folders = [*arguments.folders, *arguments.rivals]
+    if missing := [str(folder) for folder in folders if not (folder / "report.json").is_file()]:
         print(f"no report.json in {', '.join(missing)}: give run folders of trainers.fit", file=sys.stderr)
         return 2
-    reports = [json.loads((folder / "report.json").read_text(encoding="utf-8")) for folder in arguments.folders]
+    reports = [json.loads((folder / "report.json").read_text(encoding="utf-8")) for folder in folders]
+    count = len(arguments.folders)
     try:
-        lines = lines_of(reports)
+        lines = lines_of(reports[:count], reports[count:])
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

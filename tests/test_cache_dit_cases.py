@@ -89,5 +89,7 @@ def test_a_report_without_the_package_says_so(tmp_path: Path, monkeypatch: pytes
 
     full = setup()
     assert full.left_out == [MISSING] and not any("DBCache" in case.name for case in full.cases)
-    few = setup(rivals=False)
+    few = setup(rivals="none")
     assert [case.kind for case in few.cases] == ["baseline", "adapter", "adapter"] and few.left_out == []
+    family = [case.group for case in setup(rivals="family").cases[3:]]
+    assert family == [f"its own table, {op}" for op in ("hold", "Taylor 1", "Taylor 2")] * 2

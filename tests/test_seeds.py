@@ -70,13 +70,26 @@ def test_a_point_wins_where_its_whole_range_lies_below_and_it_is_as_accurate() -
 
 
 def test_reports_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ValueError, match="one report has no rivals, and the reports are of different inputs"):
+    with pytest.raises(ValueError, match="rivals are of another report, and the reports of different inputs"):
         seeds.lines_of([report(1e-5, 2e-5), report(1e-5, 2e-5, [], seed=8)])
     other = report(1e-5, 2e-5)
     other["rows"][1]["name"] = "other"
     with pytest.raises(ValueError, match="give runs of one recipe"):
         seeds.lines_of([report(1e-5, 2e-5), other])
     assert seeds.lines_of([report(1e-5, 2e-5), report(1e-5, 2e-5, seed=8)])
+
+
+def test_rivals_of_another_recipe_count_but_not_its_own_parts() -> None:
+    other = report(9e-9, 9e-9)
+    other["rows"][1]["name"] = "another half"
+    other["rows"].append(row("its own table at half, hold", "peer", 100, 1e-9))
+    other["groups"]["its own table at half, hold"] = "its own table, hold"
+    lines = seeds.lines_of([report(1e-5, 2e-5, [])], [other])
+    assert {line.method for line in lines if line.point == "half"} == {
+        "half", "fewer steps", "TaylorSeer, order 1", "TaylorSeer, order 2", "FirstBlockCache",
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="different inputs"):
+        seeds.lines_of([report(1e-5, 2e-5, [])], [other | {"inputs": 5}])
 
 
 def test_reports_from_before_groups_were_kept_are_read_by_name() -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from data.inputs import accuracy_of, held_out_inputs
 from data.stepped import derive_seed
 from modules.contracts import Predictor
 from modules.harmonica import predictor_of
-from modules.learned_cache import CacheHandle
+from modules.learned_cache import CacheHandle, OperatingPoint
 from modules.pipelines import DiffusionDriver
 from modules.reuse import Hold, StepTable, Taylor
 from modules.sites import block_stack
@@ -26,6 +27,7 @@ from trainers.cache_dit_cases import MISSING, dbcache_cases, installed
 from trainers.config import EvaluateConfig
 from trainers.diffusion_cases import (
     Probe,
+    Rivals,
     batches_of,
     held_units,
     plain_case,
@@ -80,45 +82,49 @@ def cache_setup(driver: DiffusionDriver, adapter: Path, config: EvaluateConfig) 
         reference_text=f"{steps} steps of {type(driver.pipe.scheduler).__name__} from the same noise",
         quality=quality,
         timing_batch=timed,
-        left_out=[] if installed() or not settings.rivals else [MISSING],
+        left_out=[] if installed() or settings.rivals != "all" else [MISSING],
     )
 
 
 def learned_cache_cases(
-    name: str, attach: Callable[[], CacheHandle], probe: Probe, steps: int, rivals: bool = True, **call: Any
+    name: str, attach: Callable[[], CacheHandle], probe: Probe, steps: int, rivals: Rivals = "all", **call: Any
 ) -> list[Case]:
     """Baseline, the adapter at each operating point (the one it attaches with first), and the rivals of each.
 
-    The untrained members of its family at its own table tell what the table and what the forecast is worth.
+    The untrained members of its family at each point's own table tell what the table and what the forecast is worth.
     """
     with attach() as handle:
         first, granularity = handle.points[handle.default], handle.granularity
-        shares = sorted(handle.shares, key=lambda share: (share != first.compute, -share))
+        points = sorted(handle.points, key=lambda point: (point.compute != first.compute, -point.compute))
     baseline = plain_case(steps, kind="baseline", **call)
-    per_step = round(probe.run(baseline)[0] / steps)
     # Points that differ by less than a percent are one row.
-    titles: dict[str, float] = {}
-    for share in shares:
-        titles.setdefault(f"{name} {share:.0%}", share)
-    own = [point_case(title, attach, share) for title, share in titles.items()]
-    if not rivals:
+    titles: dict[str, OperatingPoint] = {}
+    for point in points:
+        titles.setdefault(f"{point.compute:.0%}", point)
+    own = [point_case(f"{name} {title}", attach, point.compute) for title, point in titles.items()]
+    if rivals == "none":
         return [baseline, *own]
+    family = []
+    for (title, point), (op, reuse) in product(titles.items(), _FAMILY.items()):
+        if reuse != own_op(first.predictor()):
+            make = partial(_members, point.table, predictor_of(op, granularity=granularity))
+            named = (f"its own table at {title}, {reuse}", f"its own table, {reuse}")
+            family.append(reuse_case(probe.driver, *named, make, granularity, steps, kind="peer", **call))
+    if rivals == "family":
+        return [baseline, *own, *family]
     found: dict[str, Case] = {}
-    schedule = _dp_schedules(probe, steps, call)
+    per_step, schedule = round(probe.run(baseline)[0] / steps), _dp_schedules(probe, steps, call)
     for case in own:
         work = probe.run(case)[0]
         beside = rivals_at(work, probe, per_step, steps, **call)
         beside.append(dp_case(probe.driver, schedule, work / per_step, **call))
         beside += dbcache_cases(probe, work, steps, **call) if installed() else []
         found.update({rival.name: rival for rival in beside})
-    family = []
-    for op, title in _FAMILY.items():
-        if title != own_op(first.predictor()):
-            make = predictor_of(op, granularity=granularity)
-            members = partial(lambda make: (StepTable(first.table), make()), make)
-            name = f"its own table, {title}"
-            family.append(reuse_case(probe.driver, name, "", members, granularity, steps, kind="peer", **call))
     return [baseline, *own, *family, *found.values()]
+
+
+def _members(table: Tensor, make: Callable[[], Predictor]) -> tuple[StepTable, Predictor]:
+    return StepTable(table), make()
 
 
 _FAMILY = {"hold": "hold", "taylor1": "Taylor 1", "taylor2": "Taylor 2"}

@@ -180,10 +180,11 @@ class Evaluation(Section):
     timing_context: PositiveInt = Field(
         default=8192, description="tokens that a learned KV cache holds while its decoding is timed"
     )
-    rivals: bool = Field(
-        default=True,
-        description="diffusion: measure the untrained members, peers and fewer steps too; false measures baseline and "
-        "adapter only, which is enough for a further training seed beside a report that has them",
+    rivals: Literal["all", "family", "none"] = Field(
+        default="all",
+        description="diffusion: what is measured beside baseline and adapter: untrained members, peers and fewer "
+        "steps; only what its own table, or solver, does without the rest of what it learned; or nothing, which is "
+        "enough for a further training seed beside a report that has the others",
     )
     repeats: int = Field(default=5, ge=5, description="paired timing rounds, each with every row once")
     seed: int = Field(default=1234, description="seed of the held-out inputs and of their noise")

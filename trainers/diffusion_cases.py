@@ -24,6 +24,7 @@ from modules.sites import finest_granularity
 from trainers.image_quality import psnr_db
 from trainers.rows import Case, Kind
 
+Rivals = Literal["all", "family", "none"]
 _INTERVALS, _WARMUPS = range(2, 7), range(1, 9)
 _BISECTIONS = 12
 _LOWEST, _LOWERED = 1e-4, 0.85
@@ -220,17 +221,17 @@ def neighbouring_steps(target_blocks: float, blocks_per_step: int, full_steps: i
 
 
 def standard_cases(
-    adapter: Case, probe: Probe, *, full_steps: int = 20, rivals: bool = True, **call: Any
+    adapter: Case, probe: Probe, *, full_steps: int = 20, rivals: Rivals = "all", **call: Any
 ) -> list[Case]:
     """Baseline, adapter, and the rivals at about its work.
 
     Args:
-        rivals: False leaves them out.
+        rivals: anything but "all" leaves them out.
         full_steps: sampler steps of the baseline and of the untrained members.
         call: goes to every call but the adapter's (guidance_scale ...).
     """
     baseline = plain_case(full_steps, kind="baseline", **call)
-    if not rivals:
+    if rivals != "all":
         return [baseline, adapter]
     per_step = round(probe.run(baseline)[0] / full_steps)
     return [baseline, adapter, *rivals_at(probe.run(adapter)[0], probe, per_step, full_steps, **call)]

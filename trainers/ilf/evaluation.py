@@ -46,7 +46,7 @@ def evaluation_setup(driver: DiffusionDriver, adapter: Path, config: EvaluateCon
     steps = len(manifest.module["timesteps"])
     own = adapter_case(f"ILF, {steps} steps", lambda: attach(driver.pipe, manifest, tensors), _loops)
     cases = standard_cases(own, probe, full_steps=FULL_STEPS, rivals=settings.rivals, **guidance)
-    if settings.rivals and manifest.module["solver"] is not None:
+    if settings.rivals != "none" and manifest.module["solver"] is not None:
         cases.insert(2, _without_loop(driver, lambda: attach(driver.pipe, manifest, tensors), steps))
     quality: dict[str, QualityFn] = dict(IMAGE_QUALITY)
     if (accuracy := accuracy_of(name)) is not None:
