@@ -56,7 +56,7 @@ class DiffusionDriver(ABC):
         self.latent_shape = self._latent_shape()
 
     def _latent_shape(self) -> tuple[int, int, int]:
-        config = self.transformer.config
+        config: Any = self.transformer.config
         return (config.in_channels, config.sample_size, config.sample_size)
 
     @property
@@ -231,8 +231,9 @@ class FluxDriver(DiffusionDriver):
 
     def _latent_shape(self) -> tuple[int, int, int]:
         scale, default = self.pipe.vae_scale_factor, self.pipe.default_sample_size
-        height, width = (2 * (int(self.call.get(side, default * scale)) // (2 * scale)) for side in ("height", "width"))
-        return (self.transformer.config.in_channels // 4, height, width)
+        height, width = (2 * int(self.call.get(side, default * scale) // (2 * scale)) for side in ("height", "width"))
+        config: Any = self.transformer.config
+        return (config.in_channels // 4, height, width)
 
     def sampler(self, steps: int, device: torch.device | None = None) -> Any:
         """See the parent; the shift of the timesteps depends on the number of image tokens."""
@@ -270,15 +271,16 @@ class FluxDriver(DiffusionDriver):
 
     def guided(self, latents: Tensor, timestep: Tensor, conditions: Conditions, guidance: float) -> Tensor:
         """See the parent; B rows in any case."""
+        config: Any = self.transformer.config
         asked = dict(conditions.asked)
-        if self.transformer.config.guidance_embeds:
+        if config.guidance_embeds:
             asked["guidance"] = torch.full((len(latents),), guidance, device=latents.device, dtype=torch.float32)
         return self.denoise(latents.to(self.dtype), timestep.expand(len(latents)), asked)
 
     def denoise(self, latents: Tensor, timestep: Tensor, conditions: dict[str, Tensor]) -> Tensor:
         """See the parent; `conditions` may hold a `guidance` [B]."""
         rows, channels, height, width = latents.shape
-        place = {"device": latents.device, "dtype": latents.dtype}
+        place: dict[str, Any] = {"device": latents.device, "dtype": latents.dtype}
         image_ids = self.pipe._prepare_latent_image_ids(rows, height // 2, width // 2, **place)
         out = self.transformer(
             hidden_states=self.pipe._pack_latents(latents, rows, channels, height, width),
@@ -301,12 +303,14 @@ class FluxDriver(DiffusionDriver):
     def decode(self, latents: Tensor) -> Tensor:
         """See the parent; this autoencoder's latents are shifted too."""
         config = self.pipe.vae.config
-        return super().decode(latents + config.shift_factor * config.scaling_factor)
+        images: Tensor = super().decode(latents + config.shift_factor * config.scaling_factor)
+        return images
 
     def latents_of(self, images: Tensor) -> Tensor:
         """See `decode`."""
         config = self.pipe.vae.config
-        return super().latents_of(images) - config.shift_factor * config.scaling_factor
+        latents: Tensor = super().latents_of(images) - config.shift_factor * config.scaling_factor
+        return latents
 
 
 def _unscaled(sample: Tensor, timestep: Any = None) -> Tensor:

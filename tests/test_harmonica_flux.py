@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from afterburner import cacheable
 from checkpoints.load import load_adapter
 from modules.diffusion_host import WorkCounter, attach_reuse
 from modules.harmonica import HarmoniCaConfig, attach_masks
@@ -191,6 +192,9 @@ def test_the_forecast_of_whole_steps_works_with_it(name: str, tmp_path: Path) ->
         assert counter.blocks == 3 * BLOCKS  # half of six steps
         handle.use(1.0)
         full = running.generate(PROMPTS, SEEDS, **handle.call_kwargs)
+    with cacheable(running.pipe):
+        own = running.pipe.transformer.enable_cache(tmp_path / "adapter")
+        assert torch.equal(images, running.generate(PROMPTS, SEEDS, **own.call_kwargs))
     call = {"num_inference_steps": 6, "guidance_scale": handle.call_kwargs["guidance_scale"]}
     assert torch.equal(full, running.generate(PROMPTS, SEEDS, **call)) and not torch.equal(full, images)
     last = len(task.runs.timesteps)
