@@ -78,7 +78,7 @@ def test_files_that_would_run_something_or_hold_something_else_are_refused(tmp_p
     with pytest.raises(ValueError, match=r"holds \['weights'\], and a file of routers has 'routers' with 0.prob"):
         read_routers(tmp_path / "other.pt")
     (tmp_path / "text.pt").write_text("hello")
-    with pytest.raises(ValueError, match="is not opened"):
+    with pytest.raises(ValueError, match="text.pt is not a file that torch.save wrote"):
         read_routers(tmp_path / "text.pt")
     with pytest.raises(ValueError, match="there is no such file: give one of the released"):
         read_routers(tmp_path / "none.pt")

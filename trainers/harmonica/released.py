@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import pickle
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,10 +59,12 @@ def read_routers(path: Path) -> ReleasedRouters:
     """
     if not path.is_file():
         raise ValueError(f"source is {path}, and there is no such file: give one of the released DiT/ckpt/*_router.pt")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is not a file that torch.save wrote: give one of the released DiT/ckpt/*_router.pt")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (pickle.UnpicklingError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise ValueError(f"{path} holds more than tensors and arguments, and is not opened: {reason}") from error
     rows = content.get("routers") if isinstance(content, dict) else None
