@@ -131,12 +131,7 @@ def measure_cases(
     prefill = alternate({case.name: _prefill(case, ids) for case in own}, **timed)
     memory = {case.name: _peak(case, ids, model.device) for case in cases}
     notify(f"decoding {settings.new_tokens} tokens in {len(cases)} ways, {settings.repeats} rounds")
-    caches = {}
-    for case in cases:
-        with case.enter(ids.shape[1]) as reader:
-            caches[case.name] = reader.read(ids, TIMED_CHUNK)
-    prepared = {case.name: _decode(model, case, caches[case.name], ids, settings.new_tokens) for case in cases}
-    decode = alternate(prepared, **timed)
+    decode = alternate(decoding(model, cases, ids, settings.new_tokens), **timed)
     return [
         _row(case, kept[case.name], prefill.get(case.name), decode[case.name], memory[case.name], settings.new_tokens)
         for case in cases
@@ -170,6 +165,17 @@ def _prefill(case: CacheCase, ids: Tensor) -> Callable[[], AbstractContextManage
             yield lambda: reader.read(ids, TIMED_CHUNK)
 
     return prepare
+
+
+def decoding(
+    model: Any, cases: Sequence[CacheCase], ids: Tensor, tokens: int
+) -> dict[str, Callable[[], AbstractContextManager[Callable[[], object]]]]:
+    """By case, what `trainers.timing.alternate` times: `tokens` calls of the model behind what it keeps of `ids`."""
+    caches = {}
+    for case in cases:
+        with case.enter(ids.shape[1]) as reader:
+            caches[case.name] = reader.read(ids, TIMED_CHUNK)
+    return {case.name: _decode(model, case, caches[case.name], ids, tokens) for case in cases}
 
 
 def _decode(
