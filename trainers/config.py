@@ -180,6 +180,12 @@ class Evaluation(Section):
     timing_context: PositiveInt = Field(
         default=8192, description="tokens that a learned KV cache holds while its decoding is timed"
     )
+    rivals: Literal["all", "family", "none"] = Field(
+        default="all",
+        description="diffusion: what is measured beside baseline and adapter: untrained members, peers and fewer "
+        "steps; only what its own table, or solver, does without the rest of what it learned; or nothing, which is "
+        "enough for a further training seed beside a report that has the others",
+    )
     repeats: int = Field(default=5, ge=5, description="paired timing rounds, each with every row once")
     seed: int = Field(default=1234, description="seed of the held-out inputs and of their noise")
 
@@ -278,7 +284,10 @@ class PublishConfig(Section):
 class ConvertConfig(Section):
     """`python -m trainers.convert`: make an adapter of what somebody else trained."""
 
-    source: Text = Field(description="folder or Hub id with the trained module, in safetensors")
+    source: Text = Field(
+        description="medusa: folder or Hub id with the heads, in safetensors; harmonica: file of Learning-to-Cache's "
+        "released routers"
+    )
     revision: Text | None = Field(default=None, description="Hub commit or tag of the source; null takes the newest")
     method: str = Field(default="medusa", description="what it is")
     backbone: Backbone = Field(description="the model that it was trained on")

@@ -167,6 +167,7 @@ def build_report(
         "commit": commit,
         "seed": seed,
         "rows": [row.as_json() for row in rows],
+        "groups": {row.name: row.group or row.name for row in rows},
         "verdict": verdict,
         "torch_threads": torch.get_num_threads(),
         "created_with": versions(),
@@ -255,6 +256,7 @@ def markdown(report: Mapping[str, Any]) -> str:
                 f"# {report['method']} on {report['backbone']}",
                 "\n".join(lines),
                 verdict_text(report.get("verdict")),
+                *report.get("left_out", ()),
                 *_by_category(report),
                 f"Measured on {', '.join(facts)}. Speedup is the median over alternating rounds, range its extremes.",
             ]

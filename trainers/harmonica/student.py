@@ -33,7 +33,7 @@ class SoftCache:
         if config.reuse_op == "linear":
             self.predictor = self._forecast = _Corrected(config)
         else:
-            self.predictor, self._forecast = predictor_of(config.reuse_op)(), None
+            self.predictor, self._forecast = predictor_of(config.reuse_op, granularity=config.granularity)(), None
         self._scores: Tensor | None = None
         self._computes: list[bool] = []
 
@@ -90,9 +90,7 @@ class Sampler:
 
     def scheduler(self) -> Any:
         """A fresh one at the recipe's timesteps."""
-        scheduler = type(self.running.pipe.scheduler).from_config(self.running.pipe.scheduler.config)
-        scheduler.set_timesteps(len(self.config.timesteps), device=self.running.device)
-        return scheduler
+        return self.running.sampler(len(self.config.timesteps), self.running.device)
 
     def output(
         self, latents: Tensor, step: int, scheduler: Any, conditions: Conditions, soft: SoftCache | None

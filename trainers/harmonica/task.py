@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
@@ -111,9 +111,18 @@ class HarmoniCaTask(CacheTask):
         config = learned.router.config
         super().__init__(recipe, running, learned, config.sampling, recipe.data.prompts)
         self.settings, self.pool, self.clean, self.refit = recipe, conditions, clean, refit
-        self.config, self.noise = config, NoisePredictor(running)
+        self.config = config
         self._attach()
         self._running: Trajectory | None = None
+
+    @cached_property
+    def noise(self) -> NoisePredictor:
+        """The noise form of the backbone's predictions, which Learning-to-Cache and `analytic` work with.
+
+        Raises:
+            ValueError: the sampler is a flow, which has none.
+        """
+        return NoisePredictor(self.running)
 
     def _attach(self) -> None:
         predictor = predictor_of("hold")()  # never asked while training: the student stands before it
@@ -335,6 +344,8 @@ def build_task(recipe: Recipe) -> HarmoniCaTask:
     with attach_reuse(running.transformer, EveryN(1), predictor_of("hold")(), granularity) as probe:
         units = list(probe.unit_names)
     noised = recipe.objective.kind == "l2c"
+    if noised or recipe.objective.lambda_mode == "analytic":
+        NoisePredictor(running)  # refuses a flow before anything is recorded
     config = HarmoniCaConfig(
         units=units,
         routed=list(range(1, settings.steps, 2 if noised else 1)),
