@@ -55,11 +55,13 @@ def test_a_cache_that_keeps_everything_is_the_models_own(family: str) -> None:
 
 def test_a_large_budget_is_chunked_reading_without_eviction_bit_for_bit() -> None:
     model, ids = tiny_model(), some_ids(1, 60)
-    got = []
-    for policy in (CachePolicy(chunk=16), CachePolicy(budget=60, chunk=16, stabilizers=3)):
-        with attach_cache(model, selector=KeyNorm(), policy=policy) as handle:
-            got.append(logits_behind(model, handle.prefill(ids[:, :48]), ids[:, 48:]))
-    assert torch.equal(*got)
+    for positions in ("original", "compact"):
+        got = []
+        for more in ({}, {"budget": 60, "stabilizers": 3}):
+            policy = CachePolicy(chunk=16, positions=positions, **more)
+            with attach_cache(model, selector=KeyNorm(), policy=policy) as handle:
+                got.append(logits_behind(model, handle.prefill(ids[:, :48]), ids[:, 48:]))
+        assert torch.equal(*got)
 
 
 def test_compact_positions_change_nothing_while_nothing_is_evicted() -> None:
@@ -141,6 +143,30 @@ def test_heads_may_keep_different_tokens_and_layers_different_numbers() -> None:
         assert greedy(model, ids).shape == (1, 12)
         with pytest.raises(ValueError, match="budget names 3 layers, and the model has 2"):
             handle.use(budget=(1, 2, 3))
+
+
+@pytest.mark.parametrize("positions", ["original", "compact"])
+def test_tokens_come_together_or_one_by_one_behind_layers_of_different_sizes(positions: Any) -> None:
+    model, ids = tiny_model(), some_ids(2, 46)
+    policy = CachePolicy(budget=(16, 5), chunk=8, positions=positions)
+    with attach_cache(model, selector=KeyNorm(), policy=policy) as handle:
+        cache = handle.prefill(ids[:, :40])
+        together = logits_behind(model, handle.resume(cache), ids[:, 40:])
+        branch = handle.resume(cache)
+        alone = [logits_behind(model, branch, ids[:, place : place + 1]) for place in range(40, 46)]
+    torch.testing.assert_close(together, torch.cat(alone, dim=1), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral with a window"])
+@pytest.mark.parametrize("budget", [None, 9])
+def test_a_stretched_cache_is_as_large_as_one_that_was_read(family: str, budget: int | None) -> None:
+    model, ids = tiny_model(family), some_ids(1, 50)
+    with attach_cache(model, selector=KeyNorm(), policy=CachePolicy(budget=budget, local=3)) as handle:
+        read, stretched = handle.prefill(ids, chunk=16), handle.prefill(ids[:, :20])
+        stretched.stretch(50)
+        assert stretched.units() == read.units() and stretched.memory_bytes() == read.memory_bytes()
+        assert stretched.get_seq_length() == read.get_seq_length() == 50
+        assert logits_behind(model, stretched, ids[:, :1]).isfinite().all()
 
 
 def test_stabilizers_survive_every_chunk_but_the_last_and_keep_their_scores() -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from data.contexts import AnsweredPrompts, TextWindows
-from data.needle import ASK, KEYS, MARKERS, NOISE, VALUES, Needles, copy_rows, needle_rows
+from data.needle import ASK, ASKED_KEYS, KEYS, MARKERS, NOISE, VALUES, Needles, copy_rows, needle_rows
 from data.text import IGNORED, TokenDocument, TokenStream
 from modules.kv_host import CachePolicy, attach_cache, attention_sites
 from modules.language_models import load_model
@@ -226,6 +226,36 @@ def test_needles_can_be_answered_from_their_context_alone() -> None:
     assert not torch.equal(source.rows(torch.tensor([5])).input_ids, source.rows(torch.tensor([6])).input_ids)
     lengths = {Needles(64, shortest=60).rows(torch.tensor([number])).context for number in range(60)}
     assert lengths == {60, 61, 62, 63, 64}
+
+
+def test_decoys_look_like_needles_and_are_never_asked_for() -> None:
+    rows = needle_rows(16, 120, torch.Generator().manual_seed(0), needles=6, questions=6, decoys=20, style="shifted")
+    before: list[int] = []
+    for ids, labels in zip(rows.input_ids.tolist(), rows.labels.tolist(), strict=True):
+        places = [place for place in range(120) if ids[place] in MARKERS]
+        assert len(places) == 26 and all(ids[p + 1] in KEYS and ids[p + 2] in VALUES for p in places)
+        needles = [place for place in places if ids[place + 1] in ASKED_KEYS]
+        pairs = {ids[place + 1]: ids[place + 2] for place in needles}
+        asked = [ids[120 + 3 * i : 123 + 3 * i] for i in range(6)]
+        assert len(pairs) == 6 and {key: value for _, key, value in asked} == pairs
+        assert labels[122::3] == [value for _, _, value in asked]
+        before.append(places.index(needles[0]))
+    assert len(set(before)) > 3  # needles lie anywhere among the decoys
+    with pytest.raises(ValueError, match="give 1 to 16 needles"):
+        needle_rows(1, 200, torch.Generator(), needles=20, decoys=1)
+    drawn = [Needles(64, 4, 4, decoys=3, fewest=0).rows(torch.tensor([n])).input_ids[0] for n in range(60)]
+    assert {sum(token in MARKERS for token in ids.tolist()) - 4 for ids in drawn} == {0, 1, 2, 3}
+
+
+def test_contexts_may_end_with_their_questions() -> None:
+    settings = {"needles": 5, "questions": 2}
+    plain, known = (
+        needle_rows(4, 60, torch.Generator().manual_seed(0), known=known, **settings) for known in (False, True)
+    )
+    assert known.context == 64 and torch.equal(known.input_ids[:, :60], plain.input_ids[:, :60])
+    assert torch.equal(known.input_ids[:, 64:], plain.input_ids[:, 60:])
+    assert torch.equal(known.input_ids[:, 60:64], plain.input_ids[:, [60, 61, 63, 64]])
+    assert torch.equal(known.labels[:, 64:], plain.labels[:, 60:]) and bool((known.labels[:, :64] == IGNORED).all())
 
 
 def test_copies_come_at_every_distance() -> None:
