@@ -16,7 +16,14 @@ from data.needle import ASK, ASKED_KEYS, KEYS, MARKERS, NOISE, VALUES, Needles, 
 from data.text import IGNORED, TokenDocument, TokenStream
 from modules.kv_host import CachePolicy, attach_cache, attention_sites
 from modules.language_models import load_model
-from modules.locret import LocretConfig, LocretSelector, RetainingHeads, causal_importance, features_and_labels
+from modules.locret import (
+    LocretConfig,
+    LocretSelector,
+    RetainingHeads,
+    causal_importance,
+    features_and_labels,
+    features_while_evicting,
+)
 from modules.token_selectors import Random
 from tests.tiny_kv import save_tiny, tiny_recipe
 from tests.tiny_kv_models import CONFIGS, some_ids, tiny_model
@@ -116,6 +123,32 @@ def test_a_question_that_is_read_first_changes_features_but_not_which_tokens_are
     assert [f.shape for f, _ in asked] == [f.shape for f, _ in plain]
     torch.testing.assert_close(asked[0][0], plain[0][0], rtol=0, atol=1e-6)  # the first layer reads embeddings only
     assert not torch.allclose(asked[1][0], plain[1][0], atol=1e-3)
+
+
+def test_features_while_evicting_are_the_plain_ones_until_something_is_gone() -> None:
+    model, ids = tiny_model(), some_ids(2, 40)
+    heads, plain = heads_for(model), [f for f, _ in features_and_labels(model, attention_sites(model), ids, 36)]
+    for budget in (40, 6):
+        policy = CachePolicy(budget=budget, chunk=8, stabilizers=2, local=5)
+        found = features_while_evicting(model, heads, policy, ids[:, :36])
+        torch.testing.assert_close(found[0], plain[0], rtol=0, atol=1e-5)  # the first layer reads embeddings only
+        torch.testing.assert_close(found[1][:, :8], plain[1][:, :8], rtol=0, atol=1e-5)
+        assert torch.allclose(found[1], plain[1], rtol=0, atol=1e-5) == (budget == 40)
+    assert model.config._attn_implementation == "sdpa" and "generate" not in vars(model)
+
+
+def test_heads_learn_from_what_they_will_find(tmp_path: Path) -> None:
+    name = save_tiny(tmp_path)
+    losses = []
+    for evicting in ("false", "true"):
+        task = build_task(tiny_recipe("locret", name, objective__evicting=evicting))
+        loss = task.training_step(next(iter(task.train_dataloader())), 0)
+        loss.backward()
+        assert all(parameter.grad is not None for parameter in task.learned.parameters())
+        losses.append(loss.item())
+    assert losses[0] != losses[1]
+    with pytest.raises(ValueError, match="leave one of them out"):
+        tiny_recipe("locret", name, objective__evicting="true", module__query_aware="true")
 
 
 def test_the_loss_weighs_its_parts_as_the_paper_says() -> None:

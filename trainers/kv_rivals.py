@@ -15,7 +15,7 @@ from modules.token_selectors import ExpectedAttention, KeyDifference, KeyNorm, R
 from trainers.kv_cases import CacheCase, Reader
 
 SHARES = (1 / 16, 1 / 8, 1 / 4)
-STABILIZERS = 4
+STABILIZERS = 2
 """A needle that a chunk's end cuts in two is lost by whoever gives up its first half."""
 
 
