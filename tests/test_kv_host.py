@@ -157,18 +157,6 @@ def test_tokens_come_together_or_one_by_one_behind_layers_of_different_sizes(pos
     torch.testing.assert_close(together, torch.cat(alone, dim=1), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral with a window"])
-@pytest.mark.parametrize("budget", [None, 9])
-def test_a_stretched_cache_is_as_large_as_one_that_was_read(family: str, budget: int | None) -> None:
-    model, ids = tiny_model(family), some_ids(1, 50)
-    with attach_cache(model, selector=KeyNorm(), policy=CachePolicy(budget=budget, local=3)) as handle:
-        read, stretched = handle.prefill(ids, chunk=16), handle.prefill(ids[:, :20])
-        stretched.stretch(50)
-        assert stretched.units() == read.units() and stretched.memory_bytes() == read.memory_bytes()
-        assert stretched.get_seq_length() == read.get_seq_length() == 50
-        assert logits_behind(model, stretched, ids[:, :1]).isfinite().all()
-
-
 def test_stabilizers_survive_every_chunk_but_the_last_and_keep_their_scores() -> None:
     model, ids = tiny_model(), some_ids(1, 40)
     with attach_cache(model, selector=Marked(lambda places, head: -places), policy=CachePolicy()) as handle:
@@ -315,34 +303,6 @@ def test_chunks_of_a_long_text_are_rotated_as_the_whole_is() -> None:
             handle.prefill(ids)
             hook.remove()
         torch.testing.assert_close(seen[-1], want, rtol=0, atol=2e-5)
-
-
-# What is held is what is told.
-
-
-def test_bytes_are_those_of_the_storages() -> None:
-    model, ids = tiny_model(), some_ids(3, 50)
-    with attach_cache(model, selector=KeyNorm(), policy=CachePolicy(budget=11, chunk=13, local=4)) as handle:
-        greedy(model, ids, 3)
-        cache = handle.host.last
-        units, heads, size = 11 + 4 + 2, 2, 8
-        tensors = [t for layer in cache.layers for t in layer.units.tensors()]
-        assert cache.memory_bytes() == sum(t.untyped_storage().nbytes() for t in tensors)
-        # Keys, values and scores in float32 of two layers, and nothing else.
-        assert cache.memory_bytes() == 2 * 3 * heads * units * (2 * size + 1) * 4
-
-
-@pytest.mark.parametrize("family", ["phi3", "mistral with a window"])
-def test_what_is_stored_hangs_on_to_nothing_else(family: str) -> None:
-    """Phi-3 cuts values out of a wider projection; a window needs places, which all heads share at first."""
-    model, ids = tiny_model(family), some_ids(1, 36)
-    numbers = 2 * 8 + 1 + (family != "phi3")
-    with attach_cache(model, selector=KeyNorm(), policy=CachePolicy(budget=12, chunk=12)) as handle:
-        assert handle.prefill(ids[:, :12]).memory_bytes() == 2 * 2 * 12 * numbers * 4
-        assert handle.prefill(ids).memory_bytes() == 2 * 2 * 12 * numbers * 4
-        ordered = handle.prefill(ids, ordered=True)
-        for mine, theirs in zip(handle.prefill(ids).layers, ordered.layers, strict=True):
-            torch.testing.assert_close(mine.units.scores.sort().values, theirs.units.scores.sort().values)
 
 
 @pytest.mark.parametrize("name", ["sink and window", "key norm", "KeyDiff", "SnapKV", "expected attention"])
