@@ -153,7 +153,7 @@ def main() -> int:
     """Prints, and saves, the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapter", help="a locret adapter of embedded:needle")
-    parser.add_argument("--rows", type=int, default=64, help="held-out rows")
+    parser.add_argument("--rows", type=int, default=32, help="held-out rows")
     parser.add_argument("--save", action="store_true", help="add to benchmarks/results/kv_presses.csv")
     arguments = parser.parse_args()
     model, tokenizer = load_model("embedded:needle")
