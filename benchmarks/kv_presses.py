@@ -28,7 +28,6 @@ from afterburner import load_adapter
 from benchmarks import results
 from data.contexts import ContextRows
 from modules.kv_host import attention_sites
-from modules.kv_host.interface import register
 from modules.language_models import load_model
 from trainers.contexts import held_out_rows
 from trainers.kv_cases import CacheCase, Reader, baseline_case, quality_of
@@ -56,7 +55,6 @@ def press_makers() -> dict[str, Callable[[], Any]]:
     except ImportError as error:
         print(f"kvpress is not here, so only this package's members are measured: {error}", file=sys.stderr)
         return {}
-    register()  # kvpress has wrapped every attention function, and its wrapper reads keys as tensors
     makers: dict[str, Callable[[], Any]] = {
         name + "".join(f"({key}={value})" for key, value in settings.items()): partial(made, **settings)
         for name, settings in PRESSES.items()
@@ -64,11 +62,12 @@ def press_makers() -> dict[str, Callable[[], Any]]:
     }
     for name in WRAPPERS:
         if (wrapper := getattr(kvpress, name, None)) is not None:
-            makers[f"{name}(ExpectedAttentionPress)"] = partial(_wrapped, wrapper, kvpress.ExpectedAttentionPress)
+            inner = partial(kvpress.ExpectedAttentionPress, use_vnorm="Critical" not in name)  # those have their own
+            makers[f"{name}(ExpectedAttentionPress)"] = partial(_wrapped, wrapper, inner)
     return makers
 
 
-def _wrapped(wrapper: Any, inner: Any) -> Any:
+def _wrapped(wrapper: Any, inner: Callable[[], Any]) -> Any:
     return wrapper(press=inner())
 
 

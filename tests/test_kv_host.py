@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modules.contracts import TokenSelector
 from modules.kv_host import CachePolicy, HeldUnits, NewTokens, attach_cache, attention_sites
+from modules.kv_host.interface import NAME
 from modules.kv_host.roles import rotary_frequencies, rotate
 from modules.token_selectors import ExpectedAttention, KeyDifference, KeyNorm, Random, SinkAndWindow, SnapKV
 from tests.tiny_kv_models import CONFIGS, greedy, logits_behind, padded, some_ids, tiny_model
@@ -73,6 +75,18 @@ def test_compact_positions_change_nothing_while_nothing_is_evicted() -> None:
     ) as handle:
         got = logits_behind(model, handle.prefill(ids[:, :48]), ids[:, 48:])
     torch.testing.assert_close(got, want, rtol=0, atol=2e-5)
+
+
+def test_a_library_that_wraps_every_attention_function_is_put_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = tiny_model(), some_ids(1, 20)
+    text = greedy(model, ids)
+
+    def wrapper(module: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
+        raise AttributeError(f"{type(key).__name__} has no shape")  # as a wrapper does that reads keys as tensors
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, NAME, wrapper)
+    with attach_cache(model, selector=KeyNorm()):
+        assert torch.equal(greedy(model, ids), text)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
