@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from modules.kv_host import CachePolicy, attach_cache, attention_sites
 from modules.language_models import load_model
 from modules.locret import (
     LocretConfig,
+    LocretHandle,
     LocretSelector,
     RetainingHeads,
     causal_importance,
@@ -30,6 +33,7 @@ from tests.tiny_kv_models import CONFIGS, some_ids, tiny_model
 from trainers.contexts import held_out_rows
 from trainers.kv_cases import CacheCase, baseline_case, quality_of
 from trainers.kv_rivals import HandleReader
+from trainers.locret.evaluation import own_cases
 from trainers.locret.task import overlap, retaining_loss
 from trainers.recipes import compose_recipe
 from trainers.run_folder import RunFolder
@@ -233,6 +237,19 @@ def test_the_papers_schedule_falls_along_a_line(tmp_path: Path) -> None:
         schedule.optimizer.step()
         schedule.step()
     assert rates == pytest.approx([0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0])
+
+
+def test_what_reads_the_question_first_is_measured_so() -> None:
+    model, ids = tiny_model(), some_ids(1, 48)
+    heads = heads_for(model)
+    for first in (False, True):
+        policy = asdict(CachePolicy(budget=9, local=5, query_first=first))
+        heads.config = replace(heads.config, policy=policy)
+        with own_cases(partial(LocretHandle, model, heads), {})[0].enter(48) as reader:
+            cache = reader.read(ids, None)
+        # A sixteenth of the context, and the question on top where there is one.
+        assert cache.units() == [3 + 5 * first] * 2 and cache.get_seq_length() == 48
+        assert cache.setting.policy.query_first == first
 
 
 # Data.
