@@ -26,7 +26,7 @@ from benchmarks import results
 from data.text import Blocks, TokenDocument, pack
 from modules.medusa import MedusaConfig, MedusaHeads, OutputLayer
 from modules.medusa.output_layer import last_hidden_state
-from trainers.medusa.objective import head_loss, head_weights, valid_targets
+from trainers.medusa.objective import head_loss, head_weights, path_after, valid_targets
 from trainers.timing import alternate, peak_memory
 
 DECAY = 0.8
@@ -48,7 +48,7 @@ def bare_step(heads: MedusaHeads, layer: OutputLayer, hidden: torch.Tensor, bloc
     for head, weight in enumerate(head_weights(heads.config.num_heads, DECAY)):
         ahead = head + 2
         n, t = valid_targets(blocks, ahead).nonzero(as_tuple=True)
-        logits = heads(hidden[n, t], layer, head)
+        logits = heads(hidden[n, t], layer, head, path=path_after(blocks, n, t, heads.config.tokens_read(head)))
         losses.append(weight * functional.cross_entropy(logits.float(), blocks.labels[n, t + ahead]))
     torch.stack(losses).sum().backward()
 

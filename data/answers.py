@@ -93,7 +93,11 @@ class Answerer:
 
     def fits(self, prompt: Record) -> bool:
         """Whether there is something to answer, and room for it."""
-        return 1 <= len(self._ids(_Dialogue.of(prompt))) <= self.room
+        return 1 <= self.length(prompt) <= self.room
+
+    def length(self, prompt: Record) -> int:
+        """Tokens of what is answered first."""
+        return len(self._ids(_Dialogue.of(prompt)))
 
     def answer(self, prompts: Sequence[Record], seeds: Sequence[int]) -> list[Record]:
         """A record for each prompt, with its `response`, or with `messages` up to the last answered question.

@@ -15,7 +15,8 @@ from trainers.callbacks import read_checkpoint
 from trainers.run_folder import RunFolder
 from trainers.settings import ConfigError
 
-METHODS = ["forecast", "harmonica", "locret", "matryoshka_kv"]
+LORA = "matryoshka_kv and lora"
+METHODS = ["forecast", "harmonica", "locret", "matryoshka_kv", LORA]
 STAGES = ["deepspeed_1", "deepspeed_2", "deepspeed_3"]
 # Four updates of at most 1e-3, whose gradients are summed in another order.
 BOUND = 2e-5
@@ -32,10 +33,11 @@ def jobs(folder: Path, strategies: list[str], methods: list[str]) -> list[dict[s
     }
     common = {"optimizer.lr": "1e-3", "trainer.devices": "2", "trainer.max_steps": "4", "trainer.save_every": "2"}
     backbones["matryoshka_kv"] |= {"trainer.max_steps": "1", "trainer.save_every": "1"}
+    backbones[LORA] = {**backbones["matryoshka_kv"], "lora.rank": "2", "lora.dropout": "0", "lora.lr_scale": "1"}
     return [
         {
             "name": f"{method}-{strategy}",
-            "method": method,
+            "method": method.partition(" ")[0],
             "overrides": {**common, **backbones[method], "trainer.strategy": strategy},
         }
         for method in methods
@@ -48,7 +50,7 @@ def assert_as_ddp(folder: Path, method: str, strategy: str) -> None:
     run, plain = folder / f"{method}-{strategy}", folder / f"{method}-ddp"
     found, wanted = (state_of(one) for one in (run, plain))
     adapters = [read_tensors(one / "adapter") for one in (run, plain)]
-    if method == "matryoshka_kv":
+    if method.startswith("matryoshka_kv"):
         # Most of a random model's turns have no gradient but rounding, of which AdamW makes whole steps.
         checkpoint = RunFolder(plain).latest_checkpoint()
         assert checkpoint is not None
@@ -61,6 +63,9 @@ def assert_as_ddp(folder: Path, method: str, strategy: str) -> None:
             del adapter["keys"], adapter["values"]
     assert 0 <= furthest(found, wanted) < BOUND
     assert furthest(*adapters) < BOUND
+    if method == LORA:
+        assert all(bool(value.any()) for name, value in adapters[0].items() if name.endswith("proj.B"))
+        return  # which learns inside of the backbone
     assert told(folder, f"{method}-{strategy}")["gradients"] == 0
 
 

@@ -113,6 +113,8 @@ def test_the_size_that_pays_depends_on_what_a_row_costs() -> None:
     assert best_size(values, {1: 1.0, 5: 9.0}) == 0
     assert best_size(values, {1: 1.0, 2: 1.1, 3: 1.2, 5: 3.0}) == 2
     assert best_size(values, {1: 1.0, 3: 1.0}) == 2  # nothing is promised where nothing was timed
+    assert best_size(values, {1: 1.0, 2: 1.4, 4: 1.6, 5: 1.55}) == 4  # as kernels are: whole fours cost little more
+    assert best_size(values, {1: 1.0, 9: 0.1}) == 0  # of more rows than there are guesses for
 
 
 @pytest.mark.parametrize("drafter", [None, Random(Tree.chain(3))], ids=["host", "with_drafter"])

@@ -130,10 +130,12 @@ def test_a_killed_command_goes_on_and_ends_with_the_same_answers(tmp_path: Path,
         distill.main(arguments(tmp_path, "parted"))
     assert len(read_records(str(tmp_path / "parted"))) == 4
     assert distill.main(arguments(tmp_path, "parted")) == 0
-    assert asked == [PROMPTS[0:2], PROMPTS[2:4], PROMPTS[4:6], PROMPTS[4:6], PROMPTS[6:]]
+    tokenizer = tiny_tokenizer()
+    ordered = sorted(PROMPTS, key=lambda prompt: len(tokenizer(prompt).input_ids))  # near lengths share a batch
+    assert asked == [ordered[0:2], ordered[2:4], ordered[4:6], ordered[4:6], ordered[6:]]
     assert answers(tmp_path / "parted") == answers(tmp_path / "whole")
     records = read_records(str(tmp_path / "parted"))
-    assert [record["prompt"] for record in records] == PROMPTS and all("response" in record for record in records)
+    assert [record["prompt"] for record in records] == ordered and all("response" in record for record in records)
 
 
 def test_a_folder_begun_otherwise_is_refused_by_the_differing_setting(tmp_path: Path, capsys: Any) -> None:

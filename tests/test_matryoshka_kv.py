@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +12,6 @@ from transformers import DynamicCache
 from modules.kv_host import CachePolicy, HeadGroup, attach_cache, attention_sites
 from modules.kv_host.interface import probing
 from modules.kv_host.projection import Moments, ProjectionCodec, principal_bases, uniform_ranks
-from modules.language_models import load_model
 from modules.matryoshka_kv import (
     MatryoshkaConfig,
     MatryoshkaHandle,
@@ -23,17 +19,11 @@ from modules.matryoshka_kv import (
     draw_masks,
     projecting_probe,
     rank_masks,
-    search_ranks,
 )
 from modules.token_selectors import ExpectedAttention, KeyNorm
 from tests.tiny_kv import save_tiny, tiny_recipe
 from tests.tiny_kv_models import CONFIGS, greedy, logits_behind, some_ids, tiny_model
-from trainers.contexts import held_out_rows
-from trainers.kv_cases import CacheCase, quality_of
-from trainers.kv_rivals import HandleReader
-from trainers.recipes import compose_recipe
-from trainers.run_folder import RunFolder
-from trainers.training import build_task, train
+from trainers.training import build_task
 
 RAGGED = (((2, 8), (4, 6)), ((8, 8), (2, 4)))  # layer 0: keys 2 and 8, values 4 and 6 of 8
 
@@ -66,16 +56,16 @@ def codec_for(projections: MatryoshkaProjections, ranks: Any, dtype: torch.dtype
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_full_rank_is_the_model_itself(family: str, dtype: torch.dtype) -> None:
     model, ids = tiny_model(family, dtype=dtype), some_ids(2, 40)
-    size = attention_sites(model)[0].head_dim
-    projections = turned(moments_of(tiny_model(family)))
+    size, moments = attention_sites(model)[0].head_dim, moments_of(tiny_model(family))
     with torch.no_grad():
         want = model(ids).logits
-    # All columns, really projected, and the shortcut that stores units as they are.
-    everything = codec_for(projections, full(model, size), dtype)
+    # All columns, really projected, before training and after, and the shortcut that stores units as they are.
+    stages = (MatryoshkaProjections(moments), turned(moments))
+    start, everything = (codec_for(one, full(model, size), dtype) for one in stages)
     shortcut = everything.groups(0)[0]
     assert shortcut.key_basis is None and shortcut.value_basis is None
     tolerance = 1e-10 if dtype == torch.float64 else 1e-5
-    for codec in (everything, Forced(everything)):
+    for codec in (everything, Forced(start), Forced(everything)):
         with attach_cache(model, codec=codec) as handle:
             got = logits_behind(model, handle.cache(), ids)
         torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * float(want.abs().max()))
@@ -315,52 +305,14 @@ def test_only_projections_have_gradients(task: Any) -> None:
     task.learned.zero_grad()
 
 
-# Ranks.
-
-
-def costs(ranks: Tensor) -> float:
-    """A made-up divergence: every unit hurts in its own way."""
-    weights = torch.tensor([1.0, 5.0, 2.0, 0.1, 3.0, 1.5, 0.3, 8.0]).reshape(2, 2, 2)
-    return float((weights * (1 - ranks / 16.0) ** 2).sum())
-
-
-@pytest.mark.parametrize("strategy", ["curves", "batched", "exact"])
-def test_ranks_are_within_the_budget_and_no_lower(strategy: Any) -> None:
-    for budget, ranks in search_ranks(costs, (2, 2, 2), 16, 2, [0.75, 0.5, 0.375, 0.125], strategy).items():
-        mean = float(ranks.float().mean()) / 16
-        assert budget - 2 / 16 / 8 < mean <= budget
-        assert ranks.min() >= 2 and ranks.max() <= 16 and bool((ranks % 2 == 0).all())
-        assert costs(ranks) <= costs(torch.full((2, 2, 2), round(budget * 16) // 2 * 2)) + 1e-9
-
-
-def test_the_exact_search_takes_the_best_cut_at_each_step() -> None:
-    ranks = torch.full((2, 2, 2), 16)
-    for _ in range(20):
-        trials = []
-        for unit in range(8):
-            trial = ranks.clone()
-            trial.view(-1)[unit] -= 2
-            if trial.min() >= 2:
-                trials.append((costs(trial), unit, trial))
-        ranks = min(trials, key=lambda one: one[:2])[2]
-    budget = float(ranks.float().mean()) / 16
-    assert torch.equal(search_ranks(costs, (2, 2, 2), 16, 2, [budget], "exact")[budget], ranks)
-
-
-def test_curves_are_measured_once_and_searched_ranks_are_no_worse(task: Any) -> None:
-    calls = []
-
-    def counted(ranks: Tensor) -> float:
-        calls.append(ranks)
-        return costs(ranks)
-
-    search_ranks(counted, (2, 2, 2), 16, 2, [0.5, 0.25], "curves")
-    assert len(calls) == 8 * 7
-    measure = task._divergence()
-    found = search_ranks(measure, task.shape[:3], 8, 2, [0.5])[0.5]
-    assert measure(found) <= measure(torch.full(task.shape[:3], 4)) * 1.05
-    with pytest.raises(ValueError, match="one interval everywhere"):
-        search_ranks(costs, (2, 2, 2), 16, 2, [0.1])
+def test_the_teacher_is_the_same_model(task: Any) -> None:
+    batch, calls = next(iter(task.train_dataloader())), []
+    hook = task.backbone.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    task.losses(batch, task.learned, torch.ones(task.shape))
+    hook.remove()
+    assert calls == [False, True]
+    held = {id(value) for part in (task.backbone, task.learned) for value in (*part.parameters(), *part.buffers())}
+    assert held == {id(value) for value in (*task.parameters(), *task.buffers())}
 
 
 def test_a_budget_that_is_not_there_is_told_from_those_that_are() -> None:
@@ -371,27 +323,3 @@ def test_a_budget_that_is_not_there_is_told_from_those_that_are() -> None:
         config.table(0.3)
     with pytest.raises(ValueError, match="give 1 to 8 for the keys and the values of 2 heads"):
         codec_for(turned(moments_of(tiny_model())), (((9, 4), (4, 4)),) * 2)
-
-
-# On the embedded model.
-
-
-@pytest.mark.slow
-def test_training_helps_where_pca_fails(tmp_path: Path) -> None:
-    changes = {"data.length": "256", "data.shortest": "null", "data.batch_size": "16"}
-    task = build_task(compose_recipe("matryoshka_kv_needle", {"trainer.max_steps": "300", "logger": "none", **changes}))
-    train(task, RunFolder(tmp_path))
-    tensors, ranks = task.tensors(), uniform_ranks(task.sites, 6)  # 37.5 %
-    model, tokenizer = load_model("embedded:needle")
-    rows = held_out_rows("needle", tokenizer, 512, 64, 16, seed=1234)
-    found = []
-    for names in (("keys", "values", "means"), ("pca_keys", "pca_values", "pca_means")):
-        codec = ProjectionCodec(*(tensors[name] for name in names), ranks)
-
-        @contextmanager
-        def enter(context: int, codec: ProjectionCodec = codec) -> Iterator[Any]:
-            with attach_cache(model, codec=codec) as handle:
-                yield HandleReader(handle)
-
-        found.append(quality_of(model, CacheCase(name="", kind="adapter", enter=enter), rows).accuracy)
-    assert found[0] >= found[1] + 0.15

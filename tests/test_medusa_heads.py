@@ -30,8 +30,8 @@ from transformers import (
 
 from modules.decode_host import DraftState
 from modules.medusa.chunked import chunked_sum
-from modules.medusa.config import MedusaConfig
-from modules.medusa.drafter import MedusaDrafter, StackedHeads
+from modules.medusa.config import READS, MedusaConfig
+from modules.medusa.drafter import DynamicMedusaDrafter, MedusaDrafter, StackedHeads
 from modules.medusa.heads import MedusaHeads
 from modules.medusa.output_layer import OutputLayer, last_hidden_state
 
@@ -72,7 +72,9 @@ def small(name: str) -> Any:
     return made
 
 
-def heads_for(layer: OutputLayer, vocabulary: str = "own", num_heads: int = 3, num_blocks: int = 1) -> MedusaHeads:
+def heads_for(
+    layer: OutputLayer, vocabulary: str = "own", num_heads: int = 3, num_blocks: int = 1, reads: str = "state"
+) -> MedusaHeads:
     """Heads as a training begins with them."""
     config = MedusaConfig(
         hidden_size=layer.weight.shape[1],
@@ -82,6 +84,7 @@ def heads_for(layer: OutputLayer, vocabulary: str = "own", num_heads: int = 3, n
         vocabulary=vocabulary,
         draft_vocab_size=len(DRAFTED) if vocabulary == "pruned" else None,
         rank=4 if vocabulary == "low_rank" else None,
+        reads=reads,
         output_bias=vocabulary in ("own", "pruned") and layer.bias is not None,
     )
     return MedusaHeads(config).start_from(layer, DRAFTED if vocabulary == "pruned" else None)
@@ -109,8 +112,9 @@ def test_every_head_starts_as_the_backbones_own(name: str) -> None:
     ids = torch.randint(0, V, (2, 7), generator=torch.Generator().manual_seed(1))
     hidden, want = last_hidden_state(model, input_ids=ids), model(input_ids=ids).logits
     for vocabulary in ("own", "tied", "low_rank"):
-        heads = heads_for(layer, vocabulary, num_blocks=2)
-        assert all(torch.equal(heads(hidden, layer, head), want) for head in range(3)), vocabulary
+        for reads in READS:
+            heads, path = heads_for(layer, vocabulary, num_blocks=2, reads=reads), ids[..., None].expand(-1, -1, 3)
+            assert all(torch.equal(heads(hidden, layer, head, path=path), want) for head in range(3)), vocabulary
     pruned = heads_for(layer, "pruned")
     torch.testing.assert_close(pruned(hidden, layer, 0), want[..., DRAFTED])
 
@@ -135,12 +139,13 @@ def test_a_model_whose_logits_are_another_function_is_refused() -> None:
 
 @pytest.mark.parametrize("vocabulary", ["own", "tied", "pruned", "low_rank"])
 def test_blocks_of_a_head_are_different_tensors_and_all_learn(layer: OutputLayer, vocabulary: str) -> None:
-    heads = heads_for(layer, vocabulary, num_heads=2, num_blocks=2)
+    heads = heads_for(layer, vocabulary, num_heads=2, num_blocks=2, reads="path")
     storages = [parameter.data_ptr() for parameter in heads.parameters()]
     assert len(set(storages)) == len(storages)
     scramble(heads)
     hidden = torch.randn(5, D)
-    sum(heads(hidden, layer, head).square().sum() for head in range(2)).backward()
+    path = torch.arange(10).view(5, 2)
+    sum(heads(hidden, layer, head, path=path).square().sum() for head in range(2)).backward()
     assert all(parameter.grad is not None and bool(parameter.grad.any()) for parameter in heads.parameters())
     first, second = (block.linear.weight.grad for block in heads.heads[0].blocks)
     assert not torch.equal(first, second)
@@ -154,23 +159,77 @@ def test_copies_are_copies(layer: OutputLayer) -> None:
     assert torch.equal(layer.weight, before)
 
 
+@pytest.mark.parametrize("reads", READS)
 @pytest.mark.parametrize("vocabulary", ["own", "tied", "pruned", "low_rank"])
 @pytest.mark.parametrize("name", ["llama", "phi with an output bias", "gemma2 with a soft cap"])
 @torch.no_grad()
-def test_stacked_heads_are_the_heads(name: str, vocabulary: str) -> None:
+def test_stacked_heads_are_the_heads(name: str, vocabulary: str, reads: str) -> None:
     layer = OutputLayer.of(small(name))
-    heads = scramble(heads_for(layer, vocabulary, num_blocks=2))
-    stacked, hidden = StackedHeads(heads, layer), torch.randn(4, D)
-    dense = torch.stack([heads(hidden, layer, head) for head in range(3)])
-    torch.testing.assert_close(stacked.logits(hidden), dense)
-    torch.testing.assert_close(stacked.logits(hidden, 2), dense[:2])
-    chances, tokens = stacked.top(hidden, 5)
+    heads = scramble(heads_for(layer, vocabulary, num_blocks=2, reads=reads))
+    stacked, hidden, path = StackedHeads(heads, layer), torch.randn(4, D), torch.arange(12).view(4, 3)
+    dense = torch.stack([heads(hidden, layer, head, path=path) for head in range(3)])
+    torch.testing.assert_close(stacked.logits(hidden, path_BR=path), dense)
+    torch.testing.assert_close(stacked.logits(hidden, slice(2), path[:, :2]), dense[:2])
+    chances, tokens = stacked.top(hidden, 5, path_BR=path)
     want = dense.log_softmax(-1).topk(5)
     torch.testing.assert_close(chances, want.values)
     ids = want.indices if vocabulary != "pruned" else DRAFTED[want.indices]
-    assert torch.equal(tokens, ids) and torch.equal(stacked.tokens(hidden, 5), ids)
+    assert torch.equal(tokens, ids) and torch.equal(stacked.tokens(hidden, 5, path_BR=path), ids)
     own = sum(parameter.nbytes for parameter in heads.parameters())
     assert stacked.memory_bytes() == own + (DRAFTED.nbytes if vocabulary == "pruned" else 0)
+
+
+@torch.no_grad()
+def test_heads_guess_by_what_they_read_and_by_nothing_else(layer: OutputLayer) -> None:
+    hidden, path = torch.randn(1, D).expand(3, D), torch.tensor([[3, 4], [3, 5], [6, 4]])
+    for reads, alike in (("state", [[0, 1, 2]] * 2), ("root", [[0, 1], [0, 1]]), ("path", [[0, 1], [0]])):
+        heads = scramble(heads_for(layer, num_heads=2, reads=reads))
+        for head, same in enumerate(alike):
+            logits = heads(hidden, layer, head, path=path)
+            equal = [row for row in range(3) if torch.allclose(logits[row], logits[0])]
+            assert equal == same, (reads, head)
+    for use in (lambda: heads(hidden, layer, 1), lambda: heads(hidden, layer, 1, path=path[:, :1])):
+        with pytest.raises(ValueError, match="this head reads 2 tokens after the state, and [01] are given"):
+            use()
+
+
+CHOICES = [(0,), (1,), (0, 0), (0, 2), (1, 0), (0, 2, 1), (1, 0, 0), (0, 0, 3)]
+
+
+@pytest.mark.parametrize("reads", READS)
+@torch.no_grad()
+def test_every_node_is_what_its_head_guesses_below_its_parent(layer: OutputLayer, reads: str) -> None:
+    heads = scramble(heads_for(layer, reads=reads))
+    drafter = MedusaDrafter(StackedHeads(heads, layer), CHOICES)
+    hidden, root = torch.randn(2, D), torch.tensor([7, 3])
+    draft = drafter.propose(DraftState([[7], [3]], root, hidden, [True] * 2, 9))
+    for row in range(2):
+        token: dict[tuple[int, ...], int] = {}
+        for choice in drafter.choices:
+            before = [int(root[row]), *(token[choice[:depth]] for depth in range(1, len(choice)))]
+            logits = heads(hidden[row], layer, len(choice) - 1, path=torch.tensor(before))
+            token[choice] = int(logits.topk(4).indices[choice[-1]])
+        assert draft.tokens[row].tolist() == [token[choice] for choice in drafter.choices]
+
+
+@pytest.mark.parametrize("reads", READS)
+@torch.no_grad()
+def test_a_tree_of_the_steps_own_has_the_heads_guesses_and_their_chances(layer: OutputLayer, reads: str) -> None:
+    heads = scramble(heads_for(layer, reads=reads))
+    hidden, root = torch.randn(2, D), torch.tensor([7, 3])
+    draft = DynamicMedusaDrafter(StackedHeads(heads, layer), 7, 3).propose(
+        DraftState([[7], [3]], root, hidden, [True] * 2, 9)
+    )
+    assert draft.chance is not None and draft.tokens.shape == (2, 7)
+    for row in range(2):
+        tree, path, chance = draft.tree_of(row), {0: (int(root[row]),)}, {0: 1.0}
+        for node, token in enumerate(draft.tokens[row].tolist(), start=1):
+            above = tree.parents[node]
+            found = heads(hidden[row], layer, tree.depths[node] - 1, path=torch.tensor(path[above])).softmax(-1)
+            assert token in found.topk(3).indices
+            path[node], chance[node] = (*path[above], token), chance[above] * float(found[token])
+            assert draft.chance[row][node - 1] == pytest.approx(chance[node], rel=1e-4)
+        assert min(list(chance.values())[1:]) > 0
 
 
 @torch.no_grad()

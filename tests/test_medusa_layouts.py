@@ -104,6 +104,15 @@ def test_what_a_layout_cannot_hold_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["tgi", "vllm"])
+@pytest.mark.parametrize("reads", ["root", "path"])
+def test_engines_know_no_heads_that_read_tokens(tmp_path: Path, name: str, reads: str) -> None:
+    heads = heads_for(LAYER, num_heads=2, reads=reads)
+    with pytest.raises(ValueError, match="no place for the matrices with which these heads read"):
+        write_layout(name, tmp_path / "out", heads.config, tensors_of(heads), LAYER, "base/model")
+    assert not (tmp_path / "out").exists()
+
+
 def changed(folder: Path, file: str, change: Any) -> None:
     tensors = safetensors.torch.load_file(folder / file)
     change(tensors)

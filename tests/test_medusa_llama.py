@@ -34,10 +34,10 @@ def decode(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False)
 
 
-def heads_that(kind: str, layer: OutputLayer) -> MedusaHeads:
+def heads_that(kind: str, layer: OutputLayer, reads: str = "state") -> MedusaHeads:
     """untrained: the model's own head four times.  random: noise.  adversarial: the model's least likely tokens."""
     size, width = layer.weight.shape
-    config = MedusaConfig(hidden_size=width, vocab_size=size, vocabulary="own", tree=NODES)
+    config = MedusaConfig(hidden_size=width, vocab_size=size, vocabulary="own", reads=reads, tree=NODES)
     heads = MedusaHeads(config).start_from(layer)
     with torch.no_grad():
         for parameter in heads.parameters():
@@ -50,12 +50,12 @@ def heads_that(kind: str, layer: OutputLayer) -> MedusaHeads:
     return heads.requires_grad_(False).eval()
 
 
-def trained_heads(model: Any, layer: OutputLayer, steps: int = 40) -> MedusaHeads:
+def trained_heads(model: Any, layer: OutputLayer, reads: str, steps: int = 40) -> MedusaHeads:
     """Heads that learned for a moment from the sources that the model learned from."""
     tokenizer = load_model("embedded:llama")[1]
     documents = [tokenize(record, tokenizer) for record in training_records("stdlib")[:60]]
     blocks = pack(documents, 256, int(tokenizer.pad_token_id))
-    heads = heads_that("untrained", layer).requires_grad_(True)
+    heads = heads_that("untrained", layer, reads).requires_grad_(True)
     optimizer = torch.optim.AdamW(heads.parameters(), lr=5e-3)
     for step in range(steps):
         few = blocks.select((torch.arange(4) + 4 * step) % len(blocks))
@@ -68,25 +68,33 @@ def trained_heads(model: Any, layer: OutputLayer, steps: int = 40) -> MedusaHead
     return heads.requires_grad_(False)
 
 
-@pytest.mark.parametrize("kind", ["untrained", "random", "adversarial"])
-def test_greedy_text_is_that_of_plain_decoding(plain: Any, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "reads"), [("untrained", "state"), ("random", "state"), ("adversarial", "state"), ("random", "path")]
+)
+def test_greedy_text_is_that_of_plain_decoding(plain: Any, kind: str, reads: str) -> None:
     model, layer, prompts, want = plain
-    with attach_heads(model, heads_that(kind, layer), layer) as handle:
+    with attach_heads(model, heads_that(kind, layer, reads), layer) as handle:
         got = [decode(model, ids) for ids in prompts]
         assert 1 <= handle.counts.tokens_per_step <= 5
     assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
 
 
 @pytest.fixture(scope="module")
-def trained(plain: Any) -> MedusaHeads:
+def trained(plain: Any) -> dict[str, MedusaHeads]:
+    """By what they read."""
     model, layer, *_ = plain
-    return trained_heads(model, layer)
+    return {reads: trained_heads(model, layer, reads) for reads in ("state", "path")}
 
 
-@pytest.mark.parametrize("tree", [NODES, [[0], [0, 0], [0, 0, 0], [0, 0, 0, 0]], [[rank] for rank in range(24)]])
-def test_trained_heads_and_any_tree_leave_the_text_as_it_is(plain: Any, trained: Any, tree: list[list[int]]) -> None:
+CHAIN, FAN = [[0], [0, 0], [0, 0, 0], [0, 0, 0, 0]], [[rank] for rank in range(24)]
+
+
+@pytest.mark.parametrize(("reads", "tree"), [("state", NODES), ("state", CHAIN), ("state", FAN), ("path", NODES)])
+def test_trained_heads_and_any_tree_leave_the_text_as_it_is(
+    plain: Any, trained: Any, reads: str, tree: list[list[int]]
+) -> None:
     model, layer, prompts, want = plain
-    with attach_heads(model, trained, layer) as handle:
+    with attach_heads(model, trained[reads], layer) as handle:
         handle.medusa.use_tree(tree)
         got = [decode(model, ids) for ids in prompts]
         assert handle.counts.tokens_per_step > 1.1

@@ -25,6 +25,7 @@ def job(name: str, backbone: str, strategy: str, **changes: str) -> dict[str, An
         "backbone.name": backbone,
         "data.path": str(Path(backbone).with_name("text.jsonl")),
         "data.batch_size": "4",
+        "module.reads": "path",  # the output matrix is read by rows, too
         "optimizer.lr": "1e-3",
         "trainer.strategy": strategy,
         "trainer.devices": "2",

@@ -105,6 +105,8 @@ def test_a_medusa_recipe_whose_parts_disagree_is_refused(overrides: dict[str, st
         ("locret_llama", {"module.stabilizers": "96"}, "of a budget of 96: give fewer than that"),
         ("locret_llama", {"module.query_aware": "true", "module.local": "0"}, "say how many a question has"),
         ("matryoshka_kv_llama", {"module.budgets": "[0.5,1.5]"}, "a list of numbers between 0 and 1"),
+        ("matryoshka_kv_llama", {"lora.rank": "4", "trainer.ema": "0.9"}, "trainer.ema averages the projections alone"),
+        ("matryoshka_kv_llama", {"lora.rank": "4", "lora.alone": "999"}, "the projections would not train"),
     ],
 )
 def test_a_cache_recipe_whose_parts_disagree_is_refused(recipe: str, overrides: dict[str, str], words: str) -> None:

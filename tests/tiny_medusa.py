@@ -58,7 +58,8 @@ def tiny_heads(model: Any, recipe: Any) -> MedusaHeads:
         num_blocks=settings.num_blocks,
         vocabulary=settings.vocabulary,
         rank=settings.rank,
-        lora=recipe.lora.model_dump(include={"rank", "alpha", "dropout", "targets"}) if recipe.lora.rank else None,
+        reads=settings.reads,
+        lora=recipe.lora.entry(),
     )
     return MedusaHeads(config).start_from(layer)
 

@@ -73,8 +73,12 @@ class FrozenBackboneTask(LightningModule):
         self._notes: dict[str, tuple[Tensor, int]] = {}
         self._unchecked: tuple[str, Tensor, torch.cuda.Event] | None = None
         self.register_state_dict_post_hook(_keep_the_learned_part)  # type: ignore[no-untyped-call]
-        self._shapes = {name: tuple(value.shape) for name, value in self.state_dict().items()}
+        self.note_shapes()
         self.train()
+
+    def note_shapes(self) -> None:
+        """Remembers what a checkpoint must hold; again where a method adds to what learns."""
+        self._shapes = {name: tuple(value.shape) for name, value in self.state_dict().items()}
 
     @property
     def averaged(self) -> nn.Module | None:

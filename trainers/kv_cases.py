@@ -147,32 +147,34 @@ def measure_cases(
     own = [case for case in cases if case.kind in ("baseline", "adapter")]
     prefill = alternate({case.name: _prefill(case, ids) for case in own}, **timed)
     memory = {case.name: _peak(case, ids, model.device) for case in cases}
-    decoding = {}
+    speeds, tokens = {}, settings.new_tokens
     for length in lengths:
-        notify(f"decoding {settings.new_tokens} tokens behind {length} in {len(cases)} ways, {settings.repeats} rounds")
-        decoding[length] = _decoding(model, cases, ids, length, settings.new_tokens, timed)
-    first, tokens = {name: timing for name, (timing, _) in decoding[lengths[0]].items()}, settings.new_tokens
+        notify(f"decoding {tokens} tokens behind {length} in {len(cases)} ways, {settings.repeats} rounds")
+        prepared, sizes = decoding(model, cases, ids, length, tokens)
+        speeds[length] = {name: (timing, sizes[name]) for name, timing in alternate(prepared, **timed).items()}
     rows = [
-        _row(case, kept[case.name], prefill.get(case.name), first[case.name], memory[case.name], tokens)
+        _row(case, kept[case.name], prefill.get(case.name), speeds[lengths[0]][case.name][0], memory[case.name], tokens)
         for case in cases
     ]
     return rows, {
         str(length): {name: _speed(timing, size, tokens) for name, (timing, size) in found.items()}
-        for length, found in decoding.items()
+        for length, found in speeds.items()
     }
 
 
-def _decoding(
-    model: Any, cases: Sequence[CacheCase], ids: Tensor, length: int, tokens: int, timed: dict[str, Any]
-) -> dict[str, tuple[Timing, int]]:
-    """By case, what decoding behind so many tokens takes, and the bytes that are held."""
+def decoding(
+    model: Any, cases: Sequence[CacheCase], ids: Tensor, length: int, tokens: int
+) -> tuple[dict[str, Callable[[], AbstractContextManager[Callable[[], object]]]], dict[str, int]]:
+    """By case, what `trainers.timing.alternate` times, and the bytes that are held meanwhile.
+
+    Timed are `tokens` calls of the model behind what a case keeps of `length` tokens, see `filled_cache`.
+    """
     caches = {}
     for case in cases:
         with case.enter(length) as reader:
             caches[case.name] = filled_cache(reader, ids, length)
     prepared = {case.name: _decode(model, case, caches[case.name], ids, length, tokens) for case in cases}
-    found = alternate(prepared, **timed)
-    return {name: (timing, cache_bytes(caches[name])) for name, timing in found.items()}
+    return prepared, {name: cache_bytes(cache) for name, cache in caches.items()}
 
 
 def filled_cache(reader: Reader, ids: Tensor, length: int) -> Any:

@@ -81,29 +81,34 @@ def best_size(values: Sequence[float], seconds: Mapping[int, float]) -> int:
 
     Args:
         values: what each node adds to the expected tokens per step, best first (`best_choices`).
-        seconds: of a step by rows, the root among them (`time_steps`); linear in between.
+        seconds: of a step by rows, the root among them (`time_steps`); numbers of rows that were not timed are not
+            chosen, since the time between two of them need not lie between theirs.
     """
-    rows = sorted(seconds)
-    sizes = np.arange(len(values) + 1)
-    sizes = sizes[sizes + 1 <= rows[-1]]
-    tokens = 1.0 + np.concatenate([[0.0], np.cumsum(values)])[: len(sizes)]
-    return int(np.argmax(tokens / np.interp(sizes + 1, rows, [seconds[n] for n in rows])))
+    tokens = 1.0 + np.concatenate([[0.0], np.cumsum(values)])
+    sizes = [rows - 1 for rows in sorted(seconds) if rows <= len(tokens)]
+    return max(sizes, key=lambda size: float(tokens[size]) / seconds[size + 1])
 
 
 @torch.no_grad()
 def time_steps(
-    model: Any, rows: Sequence[int], context: int = 256, repeats: int = 15, drafter: Drafter | None = None
+    model: Any,
+    rows: Sequence[int],
+    context: int = 256,
+    repeats: int = 15,
+    drafter: Drafter | Mapping[int, Drafter] | None = None,
 ) -> dict[int, float]:
     """Seconds of one decoding step by rows of the tree, the root among them: median of interleaved repeats.
 
     A step is what decoding does: drafting (where a drafter is given), backbone call, verification and commit.
 
     Args:
+        drafter: whose time counts, one for all or by rows.
         context: committed tokens behind which the steps run.
     """
     device = model.device
     ids = torch.arange(context, device=device)[None] % model.config.get_text_config(decoder=True).vocab_size
-    backbone = Backbone(model, drafter is not None and drafter.needs_hidden)
+    drafters = drafter if isinstance(drafter, Mapping) else {n: drafter for n in rows if drafter is not None}
+    backbone = Backbone(model, any(one.needs_hidden for one in drafters.values()))
     verifier = Verifier(Exact(), [], 1, keep_scores=False)
     config = GenerationConfig(max_length=context + max(rows) + 1)
     config._mask_length = context
@@ -113,14 +118,14 @@ def time_steps(
     with backbone.listening():
         backbone.prefill(ids, config, {**inputs, "use_cache": True})
         state = DraftState(ids.tolist(), ids[:, -1], _last(backbone.hidden), [True], max(rows))
-        if drafter is not None:
-            drafter.begin(state.rows)
+        for one in dict.fromkeys(drafters.values()):
+            one.begin(state.rows)
         for _ in range(repeats + 1):
             for n, tree in trees.items():
                 tokens, tables = ids[:, -1:].repeat(1, n), tree.tables(device)
                 start = _now(device)
-                if drafter is not None:
-                    drafter.propose(state)
+                if n in drafters:
+                    drafters[n].propose(state)
                 logits = backbone(tokens, tables)
                 verifier(logits, tokens, [tree], tables, lambda row: ids, [True])
                 backbone.commit([(0,)], [True])

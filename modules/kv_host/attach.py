@@ -65,6 +65,7 @@ class KVHost:
             ValueError: they do not fit the model, or one another; nothing is changed.
         """
         policy = self.policy if policy is None else policy
+        self.sites = attention_sites(self.model)  # an adapter that comes or goes may bring projections of its own
         for member in (selector, codec):
             if member is not None:
                 member.check(self.sites)

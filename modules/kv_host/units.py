@@ -34,19 +34,24 @@ class HeadGroup:
         key, value = (None if basis is None else int(basis.shape[2]) for basis in (self.key_basis, self.value_basis))
         return key, value
 
+    def of(self, states: Tensor) -> Tensor:
+        """These heads of all heads' [B, H, ...]: a view where they lie side by side."""
+        first, last = self.heads[0], self.heads[-1]
+        if self.heads == tuple(range(first, last + 1)):
+            return states[:, first : last + 1]
+        return states[:, list(self.heads)]
+
     def encode(self, keys: Tensor, values: Tensor, packed: PackedValues | None = None) -> tuple[Tensor, Tensor]:
         """All heads' [B, H, T, d] to this group's [B, h, T, r_K] and [B, h, T, r_V].
 
         Args:
             packed: values are in their stored coordinates already.
         """
-        rows = list(self.heads)
-        everything = rows == list(range(keys.shape[1]))
-        keys = _project(keys if everything else keys[:, rows], self.key_basis)
+        keys = _project(self.of(keys), self.key_basis)
         if packed is not None:
             each = packed.unpacked(values)
-            return keys, torch.stack([each[head] for head in rows], dim=1)
-        values = values if everything else values[:, rows]
+            return keys, torch.stack([each[head] for head in self.heads], dim=1)
+        values = self.of(values)
         if self.value_mean is not None:
             values = values - self.value_mean[:, None].to(values.dtype)
         return keys, _project(values, self.value_basis)
@@ -170,18 +175,31 @@ def attend(
     rows_of_heads = query.reshape(batch, heads, share * tokens, size)
     outputs = []
     for group, (keys, values) in zip(groups, units.parts, strict=True):
-        rows = list(group.heads)
-        own = rows_of_heads if len(groups) == 1 else rows_of_heads[:, rows]
         mask = visible
         if mask is not None:
-            mask = mask if mask.shape[1] == 1 else mask[:, rows]
+            mask = mask if mask.shape[1] == 1 else group.of(mask)
             mask = mask[:, :, None].expand(-1, -1, share, -1, -1).flatten(2, 3)
-        outputs.append(
-            functional.scaled_dot_product_attention(
-                _project(own, group.key_basis), keys, values, attn_mask=mask, scale=scaling
-            )
-        )
+        own = _project(group.of(rows_of_heads), group.key_basis)
+        outputs.append(_averages(own, keys, values, mask, scaling, tokens))
     return outputs
+
+
+def _averages(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float, tokens: int) -> Tensor:
+    """Attention of a group.
+
+    On a CPU torch's is fused for keys and values of one width only; of two it copies both and holds all scores.
+    """
+    rank, wide = values.shape[3], max(keys.shape[3], values.shape[3])
+    if keys.is_cuda or keys.shape[3] == rank:
+        return functional.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scaling)
+    if tokens == 1:  # two products over what is stored
+        scores = (query * scaling) @ keys.transpose(2, 3)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(values.dtype) @ values
+    # The narrower of both is filled up with zeros while this call lasts.
+    query, keys, values = (functional.pad(one, (0, wide - one.shape[3])) for one in (query, keys, values))
+    return functional.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scaling)[..., :rank]
 
 
 def restored(outputs: Sequence[Tensor], groups: Sequence[HeadGroup], share: int) -> Tensor:

@@ -11,7 +11,8 @@ from modules.matryoshka_kv.ranks import search_ranks
 CARD_NOTES = (
     "The model's cache stores the first coordinates of keys and values in trained bases once the adapter is loaded, as "
     "many as its table of ranks says: nothing is masked, nothing padded. `handle.use_budget(0.375)` takes another of "
-    "its tables, `handle.use_budget('full')` gives the model's own text."
+    "its tables, `handle.use_budget('full')` gives the model's own text, or that of the model with LoRA where the "
+    "adapter brings it."
 )
 """What an adapter's card says beyond what holds for every method."""
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from modules.contracts import AdapterEntry
 from modules.kv_host import KVHandle
 from modules.kv_host.projection import ProjectionCodec
+from modules.lora import attach_lora, remove_lora, split_lora
 from modules.matryoshka_kv.config import MatryoshkaConfig
 from modules.matryoshka_kv.merge import MergedValues
 
@@ -25,10 +26,13 @@ class MatryoshkaHandle(KVHandle):
     def __init__(self, model: Any, codec: ProjectionCodec, config: MatryoshkaConfig) -> None:
         super().__init__(model, None, codec, None)
         self.config, self.projections = config, codec
+        self._changed = model if config.lora else None
         self._merged: MergedValues | None = None
 
     def use_budget(self, budget: float | str) -> None:
         """Ranks of another budget that the adapter has; 1.0 or `full` is full rank: the model's own cache.
+
+        LoRA, where the adapter has it, stays in the model at any of them.
 
         Caches that exist keep their ranks; merged projections become the model's own again.
         """
@@ -58,13 +62,18 @@ class MatryoshkaHandle(KVHandle):
             self._merged, self.host.packed = None, {}
 
     def detach(self) -> None:
-        """See `KVHandle.detach`."""
+        """See `KVHandle.detach`; the model has its own layers again."""
         self.unmerge()
+        if self._changed is not None:
+            remove_lora(self._changed)
+            self._changed = None
         super().detach()
 
 
 def attach(target: Any, manifest: AdapterEntry, tensors: dict[str, Tensor]) -> MatryoshkaHandle:
     """Attaches an exported adapter to a causal language model of transformers: its cache stores fewer coordinates.
+
+    LoRA that was trained beside the projections is put into the model's linear layers.
 
     Raises:
         ValueError: the adapter does not fit this model.
@@ -74,7 +83,16 @@ def attach(target: Any, manifest: AdapterEntry, tensors: dict[str, Tensor]) -> M
         raise ValueError(
             f"a matryoshka_kv adapter attaches to a causal language model, not to a {type(target).__name__}"
         )
-    return MatryoshkaHandle(target, codec_of(config, tensors, target), config)
+    lora, own = split_lora(tensors)
+    codec = codec_of(config, own, target)
+    if config.lora is None:
+        return MatryoshkaHandle(target, codec, config)
+    attach_lora(target, config.lora, lora)
+    try:
+        return MatryoshkaHandle(target, codec, config)
+    except ValueError:
+        remove_lora(target)
+        raise
 
 
 def codec_of(config: MatryoshkaConfig, tensors: Mapping[str, Tensor], model: nn.Module) -> ProjectionCodec:

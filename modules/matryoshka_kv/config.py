@@ -19,6 +19,7 @@ class MatryoshkaConfig:
         ranks: by budget, as a share of the width ("0.5"), the ranks of every layer: [[keys'], [values']].
         rope: kind of the rotary embedding, after which keys are projected.
         post_rope: keys are projected after their rotation.
+        lora: PEFT's settings of what was trained of the backbone itself beside the projections, or None.
     """
 
     num_layers: int
@@ -29,6 +30,7 @@ class MatryoshkaConfig:
     ranks: dict[str, Any] = field(default_factory=dict)
     rope: str = "default"
     post_rope: bool = True
+    lora: dict[str, Any] | None = None
 
     def table(self, budget: float | str) -> Ranks:
         """The ranks of a budget; `1.0` or `full` is full rank.

@@ -12,6 +12,7 @@ from modules.kv_host import AttentionSite
 from modules.kv_host.interface import Probe, set_probe
 from modules.kv_host.projection import ProjectionCodec
 from modules.kv_host.units import PackedValues
+from modules.lora import weight_with_lora
 
 
 class MergedValues:
@@ -54,13 +55,13 @@ def _narrowed(
 ) -> tuple[nn.Linear, nn.Linear]:
     """The two projections, computed in float64 and rounded once."""
     size, share = site.head_dim, site.query_heads // site.kv_heads
-    weight, dtype = value.weight.double().view(site.kv_heads, size, -1), value.weight.dtype
+    weight, dtype = weight_with_lora(value).double().view(site.kv_heads, size, -1), value.weight.dtype
     bias = -means.double() if value.bias is None else value.bias.double().view(-1, size) - means.double()
     rows = torch.cat([basis.double().T @ weight[head] for head, basis in enumerate(bases)])
     biases = torch.cat([bias[head] @ basis.double() for head, basis in enumerate(bases)])
     missing = -len(rows) % size
     narrow = _linear(nn.functional.pad(rows, (0, 0, 0, missing)), nn.functional.pad(biases, (0, missing)), dtype)
-    columns = output.weight.double().view(-1, site.query_heads, size)  # [D, H_q, d]
+    columns = weight_with_lora(output).double().view(-1, site.query_heads, size)  # [D, H_q, d]
     merged = [columns[:, head] @ bases[head // share].double() for head in range(site.query_heads)]
     added = torch.einsum("ohd,hd->o", columns, means.double().repeat_interleave(share, dim=0))
     whole = added if output.bias is None else output.bias.double() + added

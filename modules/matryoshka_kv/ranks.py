@@ -22,6 +22,7 @@ def search_ranks(
     budgets: Sequence[float],
     strategy: Strategy = "curves",
     per_round: float = 0.05,
+    refine: int = 0,
 ) -> dict[float, Tensor]:
     """Ranks [L, 2, H] for every budget, multiples of `interval` and at least one.
 
@@ -34,6 +35,8 @@ def search_ranks(
         size: d.
         budgets: mean ranks, as shares of d.
         per_round: share of the units that `batched` lowers at a time.
+        refine: sweeps over the ranks of every budget that trade steps between units while the divergence falls; one
+            takes two calls per unit and a few more.
     Raises:
         ValueError: a budget below one interval, or above 1.
     Source: Lin et al. 2024, appendix; `curves` and `batched` are ours, for the published search takes thousands of
@@ -43,9 +46,17 @@ def search_ranks(
         raise ValueError(f"the budget {wrong[0]:g} is outside {interval / size:g} (one interval everywhere) and 1")
     full = torch.full(shape, size)
     if strategy == "curves":
-        return _by_curves(measure, full, interval, budgets)
-    count = 1 if strategy == "exact" else max(1, round(per_round * full.numel()))
-    found, ranks = {}, full
+        found = _by_curves(measure, full, interval, budgets)
+    else:
+        count = 1 if strategy == "exact" else max(1, round(per_round * full.numel()))
+        found = _by_rounds(measure, full, interval, budgets, count)
+    return {budget: _refined(measure, ranks, size, interval, refine) for budget, ranks in found.items()}
+
+
+def _by_rounds(
+    measure: Measure, full: Tensor, interval: int, budgets: Sequence[float], count: int
+) -> dict[float, Tensor]:
+    size, found, ranks = int(full.flatten()[0]), {}, full
     for budget in sorted(budgets, reverse=True):
         while (over := _steps_over(ranks, size, interval, budget)) > 0:
             ranks = _lowered(measure, ranks, interval, min(count, over))
@@ -72,6 +83,41 @@ def _cut(ranks: Tensor, units: Sequence[int], interval: int) -> Tensor:
     lower = ranks.clone()
     lower.view(-1)[list(units)] -= interval
     return lower
+
+
+def _refined(measure: Measure, ranks: Tensor, size: int, interval: int, sweeps: int) -> Tensor:
+    """The ranks after trades of one step: as many as seem to pay by themselves, or half of them until they do pay."""
+    best = measure(ranks) if sweeps else 0.0
+    for _ in range(sweeps):
+        flat = ranks.flatten().tolist()
+        losses = [(measure(_cut(ranks, [unit], interval)) - best, unit) for unit, r in enumerate(flat) if r > interval]
+        gains = [(best - measure(_cut(ranks, [unit], -interval)), unit) for unit, r in enumerate(flat) if r < size]
+        pairs = _trades(sorted(losses), sorted(gains, reverse=True))
+        while pairs:
+            trial = _cut(_cut(ranks, [giver for giver, _ in pairs], interval), [taker for _, taker in pairs], -interval)
+            if (found := measure(trial)) < best:
+                ranks, best = trial, found
+                break
+            pairs = pairs[: len(pairs) // 2]
+        if not pairs:
+            break
+    return ranks
+
+
+def _trades(losses: Sequence[tuple[float, int]], gains: Sequence[tuple[float, int]]) -> list[tuple[int, int]]:
+    """(giver, taker) pairs of different units, best first, that gain more than they lose."""
+    pairs: list[tuple[int, int]] = []
+    used: set[int] = set()
+    takers = iter(gains)
+    for loss, giver in losses:
+        if giver in used:
+            continue
+        taker = next(((gain, unit) for gain, unit in takers if unit not in used and unit != giver), None)
+        if taker is None or taker[0] <= loss:
+            break
+        pairs.append((giver, taker[1]))
+        used |= {giver, taker[1]}
+    return pairs
 
 
 def _by_curves(measure: Measure, full: Tensor, interval: int, budgets: Sequence[float]) -> dict[float, Tensor]:

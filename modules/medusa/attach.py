@@ -13,13 +13,11 @@ from modules.contracts import AdapterEntry, Drafter
 from modules.decode_host.attach import DecodeHandle
 from modules.decode_host.generate import DraftedDecoding
 from modules.decode_host.rules import Rule
+from modules.lora import attach_lora, remove_lora, split_lora
 from modules.medusa.config import MedusaConfig
 from modules.medusa.drafter import MedusaDrafter, StackedHeads
 from modules.medusa.heads import MedusaHeads, check_shape
-from modules.medusa.lora import add_lora, load_lora, remove_lora
 from modules.medusa.output_layer import OutputLayer
-
-_LORA = "lora."
 
 
 class MedusaHandle(DecodeHandle):
@@ -73,15 +71,12 @@ def attach(target: Any, manifest: AdapterEntry, tensors: dict[str, Tensor]) -> M
     config = MedusaConfig(**manifest.module)
     if not isinstance(target, nn.Module) or not hasattr(target, "get_output_embeddings"):
         raise ValueError(f"a medusa adapter attaches to a causal language model, not to a {type(target).__name__}")
-    own = {name: value for name, value in tensors.items() if name.startswith(_LORA)}
-    heads = heads_of(config, {name: value for name, value in tensors.items() if name not in own}, target)
+    lora, own = split_lora(tensors)
+    heads = heads_of(config, own, target)
     if config.lora is None:
         return attach_heads(target, heads)
-    parts = add_lora(target, config.lora)
+    attach_lora(target, config.lora, lora)
     try:
-        load_lora(parts, own)
-        for part in parts.values():
-            part.requires_grad_(False).eval()
         return attach_heads(target, heads)
     except ValueError:
         remove_lora(target)

@@ -8,6 +8,7 @@ from typing import Any
 from modules.decode_host.search import accuracy
 
 VOCABULARIES = ("own", "tied", "pruned", "low_rank")
+READS = ("state", "root", "path")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,8 @@ class MedusaConfig:
         vocabulary: how a head's state becomes logits: "own" (a matrix of its own), "tied" (the backbone's), "pruned"
             (an own matrix over `draft_vocab_size` tokens only), "low_rank" (the backbone's plus a product of rank
             `rank`).
+        reads: what a head guesses from beside the hidden state: "state" (nothing, Medusa), "root" (the token that the
+            backbone chose from it), "path" (that one, and the guesses that lead to its own, as Hydra's).
         output_bias: own and pruned matrices come with a bias, as the backbone's does.
         tree: the nodes of the drafted tree but its root, each as the ranks (from 0) that lead to it, parents first.
         hits: hits[k][r], how often rank r of head k was the token that the backbone went on to produce.
@@ -35,6 +38,7 @@ class MedusaConfig:
     vocabulary: str = "tied"
     draft_vocab_size: int | None = None
     rank: int | None = None
+    reads: str = "state"
     output_bias: bool = False
     tree: list[list[int]] = field(default_factory=list)
     hits: list[list[int]] = field(default_factory=list)
@@ -47,6 +51,8 @@ class MedusaConfig:
         for name in ("hidden_size", "vocab_size", "num_heads", "num_blocks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.reads not in READS:
+            raise ValueError(f"reads is {self.reads!r}, which is not one of {', '.join(READS)}")
         if (self.draft_vocab_size is not None) != (self.vocabulary == "pruned"):
             raise ValueError(f"draft_vocab_size is {self.draft_vocab_size} with vocabulary {self.vocabulary}")
         if self.draft_vocab_size is not None and not 1 <= self.draft_vocab_size <= self.vocab_size:
@@ -57,6 +63,10 @@ class MedusaConfig:
             raise ValueError(
                 f"hits and counts are of {len(self.hits)} and {len(self.counts)} heads, but there are {self.num_heads}"
             )
+
+    def tokens_read(self, head: int) -> int:
+        """How many of the tokens after the state a head reads, the root first."""
+        return {"state": 0, "root": 1, "path": head + 1}[self.reads]
 
     @property
     def output_size(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -11,10 +12,14 @@ from torch.nn import functional
 
 from modules.contracts import Drafter
 from modules.decode_host import Draft, DraftState, Tree, order_choices
+from modules.decode_host.merge import Branches, pack
 from modules.decode_host.search import draft_by_chance
+from modules.decode_host.tree import Choice
 from modules.medusa.config import MedusaConfig
-from modules.medusa.heads import LowRankVocabulary, MedusaHead, MedusaHeads, OwnVocabulary
+from modules.medusa.heads import LowRankVocabulary, MedusaHead, MedusaHeads, OwnVocabulary, path_rows
 from modules.medusa.output_layer import OutputLayer
+
+_WIDTH = 4  # nodes of a depth that a tree of the step's own goes on from
 
 
 class StackedHeads:
@@ -35,6 +40,8 @@ class StackedHeads:
             )
             for block in range(heads.config.num_blocks)
         ]
+        self.by_path = heads.config.reads == "path"  # a guess is known only when those before it are
+        self._paths = [head.path.weight.detach() for head in parts if head.path is not None]
         own = [head.vocabulary for head in parts]
         self._own = self._own_bias = self._down = self._up = None
         if isinstance(own[0], OwnVocabulary):
@@ -50,36 +57,53 @@ class StackedHeads:
         """Where the heads are."""
         return self._blocks[0][0].device
 
-    def logits(self, hidden_BD: Tensor, count: int | None = None) -> Tensor:
-        """Logits [K, B, V'] of the first `count` heads, for states [B, D]."""
-        K = self.count if count is None else count
-        states = hidden_BD.to(self._blocks[0][0].dtype).expand(K, *hidden_BD.shape)
+    def logits(self, hidden_BD: Tensor, heads: slice = slice(None), path_BR: Tensor | None = None) -> Tensor:
+        """Logits [K, B, V'] of some heads.
+
+        Args:
+            hidden_BD: states.
+            path_BR: the tokens after them, as many as the last of these heads reads.
+        """
+        states = self._read(hidden_BD.to(self._blocks[0][0].dtype), heads, path_BR)
         for weight, bias in self._blocks:
-            states = states + functional.silu(torch.baddbmm(bias[:K], states, weight[:K]))
+            states = states + functional.silu(torch.baddbmm(bias[heads], states, weight[heads]))
         if self._own is not None:
-            product = _rows_times(states, self._own[:K])
-            return self.backbone.finish(product if self._own_bias is None else product + self._own_bias[:K])
+            product = _rows_times(states, self._own[heads])
+            return self.backbone.finish(product if self._own_bias is None else product + self._own_bias[heads])
         product = self.backbone.product(states)  # one read of the matrix for all heads
         if self._down is not None and self._up is not None:
-            product = product + _rows_times(_rows_times(states, self._down[:K]), self._up[:K])
+            product = product + _rows_times(_rows_times(states, self._down[heads]), self._up[heads])
         return self.backbone.finish(product)
 
-    def top(self, hidden_BD: Tensor, ranks: int, count: int | None = None) -> tuple[Tensor, Tensor]:
-        """(log-probabilities, tokens) of the best guesses, each [K, B, R], best first."""
-        logits = self.logits(hidden_BD, count).float()
+    def _read(self, hidden_BD: Tensor, heads: slice, path_BR: Tensor | None) -> Tensor:
+        """What the heads' blocks start at, [K, B, D]."""
+        if not self._paths:
+            return hidden_BD.expand(len(range(self.count)[heads]), *hidden_BD.shape)
+        matrices = self._paths[heads]
+        most = max(matrix.shape[1] for matrix in matrices) // hidden_BD.shape[1]
+        rows = path_rows(self.backbone, path_BR, most).to(hidden_BD.dtype)
+        return torch.stack([torch.addmm(hidden_BD, rows[:, : matrix.shape[1]], matrix.t()) for matrix in matrices])
+
+    def top(
+        self, hidden_BD: Tensor, ranks: int, heads: slice = slice(None), path_BR: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(log-probabilities, tokens) of the best guesses, each [K, B, R], best first; arguments as of `logits`."""
+        logits = self.logits(hidden_BD, heads, path_BR).float()
         best, guesses = logits.topk(ranks, dim=-1)
         tokens = guesses if self.token_ids is None else self.token_ids[guesses]
         return best - logits.logsumexp(-1, keepdim=True), tokens
 
-    def tokens(self, hidden_BD: Tensor, ranks: int, count: int | None = None) -> Tensor:
+    def tokens(
+        self, hidden_BD: Tensor, ranks: int, heads: slice = slice(None), path_BR: Tensor | None = None
+    ) -> Tensor:
         """The tokens of `top` alone: no pass over the logits is spent on probabilities."""
-        guesses = self.logits(hidden_BD, count).topk(ranks, dim=-1).indices
+        guesses = self.logits(hidden_BD, heads, path_BR).topk(ranks, dim=-1).indices
         return guesses if self.token_ids is None else self.token_ids[guesses]
 
     def memory_bytes(self) -> int:
         """Bytes of the heads' own tensors."""
         blocks = [tensor for pair in self._blocks for tensor in pair]
-        held = [*blocks, self._own, self._own_bias, self._down, self._up, self.token_ids]
+        held = [*blocks, *self._paths, self._own, self._own_bias, self._down, self._up, self.token_ids]
         return sum(tensor.nbytes for tensor in held if tensor is not None)
 
 
@@ -125,6 +149,7 @@ class MedusaDrafter(Drafter):
             raise ValueError(f"the tree asks for rank {ranks} but a head tells {heads.size} tokens apart")
         place = [(len(choice) - 1) * ranks + choice[-1] for choice in ordered]
         self._place_N = torch.tensor(place, dtype=torch.int64, device=heads.device)
+        self._levels = _levels(ordered, heads.device) if heads.by_path else []
         self.choices, self.tree, self._ranks = ordered, tree, ranks
         self._chance = _chances(ordered, self._accuracy)
 
@@ -133,9 +158,26 @@ class MedusaDrafter(Drafter):
         if not self.choices:
             return Draft(self.tree, state.root.new_empty(len(state.root), 0))
         hidden = cast(Tensor, state.hidden)
-        tokens_KBR = self.heads.tokens(hidden, self._ranks, self.tree.depth)
+        chance = None if self._chance is None else [self._chance] * len(hidden)
+        if self._levels:
+            return Draft(self.tree, self._by_path(hidden, state.root), chance)
+        tokens_KBR = self.heads.tokens(hidden, self._ranks, slice(self.tree.depth), state.root[:, None])
         tokens_BN = tokens_KBR.transpose(0, 1).reshape(len(hidden), -1).index_select(1, self._place_N)
-        return Draft(self.tree, tokens_BN, None if self._chance is None else [self._chance] * len(hidden))
+        return Draft(self.tree, tokens_BN, chance)
+
+    def _by_path(self, hidden_BD: Tensor, root_B: Tensor) -> Tensor:
+        """The tree's tokens [B, N], a head after the other: each guesses below all nodes that have children."""
+        B, found = len(hidden_BD), []
+        path_BMR = root_B[:, None, None]
+        for head, level in enumerate(self._levels):
+            M = path_BMR.shape[1]
+            states = hidden_BD[:, None].expand(B, M, -1).reshape(B * M, -1)
+            guesses = self.heads.tokens(states, level.ranks, slice(head, head + 1), path_BMR.flatten(0, 1))
+            tokens_BC = guesses.view(B, -1).index_select(1, level.children)
+            found.append(tokens_BC)
+            above = path_BMR.index_select(1, level.above)
+            path_BMR = torch.cat([above, tokens_BC.index_select(1, level.parents)[:, :, None]], dim=2)
+        return torch.cat(found, dim=1)
 
     def memory_bytes(self) -> int:
         """Bytes of the heads."""
@@ -145,7 +187,8 @@ class MedusaDrafter(Drafter):
 class DynamicMedusaDrafter(Drafter):
     """Another tree at every step: the nodes that this step's own probabilities make the best.
 
-    Reads the probabilities back from the device at every step, which the fixed tree does not.
+    Reads the probabilities back from the device at every step, which the fixed tree does not.  Heads that read the path
+    guess below the `_WIDTH` most probable nodes of every depth (as EAGLE-2 does, Li et al. 2024, arXiv:2406.16858).
     """
 
     def __init__(self, heads: StackedHeads, nodes: int, ranks: int) -> None:
@@ -154,12 +197,69 @@ class DynamicMedusaDrafter(Drafter):
 
     def propose(self, state: DraftState) -> Draft:
         """The best nodes of this step."""
-        chances_KBR, tokens_KBR = self.heads.top(cast(Tensor, state.hidden), self.ranks)
+        hidden = cast(Tensor, state.hidden)
+        if self.heads.by_path:
+            return pack(self._by_path(hidden, state), self.nodes)
+        chances_KBR, tokens_KBR = self.heads.top(hidden, self.ranks, path_BR=state.root[:, None])
         return draft_by_chance(tokens_KBR.transpose(0, 1), chances_KBR.exp().transpose(0, 1), self.nodes)
+
+    def _by_path(self, hidden_BD: Tensor, state: DraftState) -> list[Branches]:
+        """Guesses of every head below the most probable guesses of the head before it."""
+        rows = [Branches() for _ in range(len(hidden_BD))]
+        wide: list[list[tuple[int, ...]]] = [[()] for _ in rows]
+        for head in range(self.heads.count):
+            paths = [(int(root), *path) for root, each in zip(state.root.tolist(), wide, strict=True) for path in each]
+            states = hidden_BD.repeat_interleave(len(wide[0]), dim=0)
+            asked = torch.tensor(paths, device=hidden_BD.device)
+            chances, tokens = self.heads.top(states, self.ranks, slice(head, head + 1), asked)
+            sure = chances[0].exp().view(len(rows), len(wide[0]), -1).tolist()
+            guesses = tokens[0].view(len(rows), len(wide[0]), -1).tolist()
+            for row, branches in enumerate(rows):
+                for path, values, ids in zip(wide[row], sure[row], guesses[row], strict=True):
+                    for value, token in zip(values, ids, strict=True):
+                        branches.add((*path, token), value * branches.chances.get(path, 1.0))
+                deep = [path for path in branches.chances if len(path) == head + 1]
+                wide[row] = sorted(deep, key=lambda path: -branches.chances[path])[: min(_WIDTH, self.ranks)]
+        return rows
 
     def memory_bytes(self) -> int:
         """Bytes of the heads."""
         return self.heads.memory_bytes()
+
+
+@dataclass(frozen=True)
+class _Level:
+    """One depth of a tree drafted a head after the other; the nodes above it that have children are its parents.
+
+    Attributes:
+        ranks: guesses that the head makes below every parent.
+        children: among these guesses, parent after parent, the nodes of this depth.
+        parents, above: among the nodes of this depth, those that have children; and their own parents.
+    """
+
+    ranks: int
+    children: Tensor
+    parents: Tensor
+    above: Tensor
+
+
+def _levels(ordered: Sequence[Choice], device: torch.device) -> list[_Level]:
+    """The depths of a tree's choices, which are in the order of its nodes."""
+    levels: list[_Level] = []
+    parents: list[Choice] = [()]
+    for depth in range(1, len(ordered[-1]) + 1 if ordered else 1):
+        nodes = [choice for choice in ordered if len(choice) == depth]
+        branching = {choice[:-1] for choice in ordered if len(choice) == depth + 1}
+        number = {parent: place for place, parent in enumerate(parents)}
+        ranks = 1 + max(choice[-1] for choice in nodes)
+        children = [number[choice[:-1]] * ranks + choice[-1] for choice in nodes]
+        kept = [place for place, choice in enumerate(nodes) if choice in branching]
+        above = [number[nodes[place][:-1]] for place in kept]
+        levels.append(
+            _Level(ranks, *(torch.tensor(one, dtype=torch.int64, device=device) for one in (children, kept, above)))
+        )
+        parents = [nodes[place] for place in kept]
+    return levels
 
 
 def _chances(choices: Sequence[Sequence[int]], accuracy: Sequence[Sequence[float]]) -> list[float] | None:

@@ -93,11 +93,20 @@ class LowRankVocabulary(Vocabulary):
 
 
 class MedusaHead(nn.Module):
-    """One head: L residual blocks, then logits."""
+    """One head: L residual blocks, then logits.
 
-    def __init__(self, config: MedusaConfig) -> None:
+    A head that reads r tokens after the state starts its blocks at h + P [n(W[x_1]); ..; n(W[x_r])]: x_1 is the root,
+    chosen from h, W[x] a token's row of the output matrix, n the scaling to a mean square of one, P a matrix [D, r D]
+    that starts at zero.
+    """
+
+    def __init__(self, config: MedusaConfig, number: int) -> None:
         super().__init__()
         width = config.hidden_size
+        self.tokens_read = config.tokens_read(number)
+        self.path = nn.Linear(self.tokens_read * width, width, bias=False) if self.tokens_read else None
+        if self.path is not None:
+            nn.init.zeros_(self.path.weight)
         self.blocks = nn.Sequential(*(ResidualBlock(width) for _ in range(config.num_blocks)))
         self.vocabulary: Vocabulary
         if config.vocabulary in ("own", "pruned"):
@@ -112,10 +121,19 @@ class MedusaHead(nn.Module):
         return cast(ResidualBlock, self.blocks[number])
 
     def forward(
-        self, hidden: Tensor, backbone: OutputLayer, reduce: Reduce | None = None, rows: int = 0
+        self,
+        hidden: Tensor,
+        backbone: OutputLayer,
+        reduce: Reduce | None = None,
+        rows: int = 0,
+        path: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits [..., V'] of hidden states [..., D]; with `reduce`, see `Vocabulary.forward`."""
-        states = self.blocks(hidden.to(self.block(0).linear.weight.dtype))
+        """Logits [..., V'] of states [..., D] and the tokens after them [..., r]; with `reduce` see `Vocabulary`."""
+        dtype = self.block(0).linear.weight.dtype
+        states = hidden.to(dtype)
+        if self.path is not None:
+            states = states + self.path(path_rows(backbone, path, self.tokens_read).to(dtype))
+        states = self.blocks(states)
         return cast("Tensor | tuple[Tensor, Tensor]", self.vocabulary(states, backbone, reduce, rows))
 
 
@@ -125,7 +143,7 @@ class MedusaHeads(nn.Module):
     Shapes: N positions, D hidden size, V' tokens that a head tells apart (all V unless pruned), K heads.
     Departs from the published code: biases start at zero and matrices as copies of the backbone's, so that every head
     starts as exactly the backbone's own; blocks of one head are different tensors; the tied, pruned and low-rank
-    vocabularies.
+    vocabularies; heads that also read tokens, as Hydra's do (Ankner et al. 2024, arXiv:2402.05109).
     """
 
     token_ids: Tensor | None
@@ -133,7 +151,7 @@ class MedusaHeads(nn.Module):
     def __init__(self, config: MedusaConfig) -> None:
         super().__init__()
         self.config = config
-        self.heads = nn.ModuleList(MedusaHead(config) for _ in range(config.num_heads))
+        self.heads = nn.ModuleList(MedusaHead(config, number) for number in range(config.num_heads))
         ids = None if config.draft_vocab_size is None else torch.zeros(config.draft_vocab_size, dtype=torch.int64)
         self.register_buffer("token_ids", ids)
 
@@ -159,7 +177,13 @@ class MedusaHeads(nn.Module):
         return self
 
     def forward(
-        self, hidden: Tensor, backbone: OutputLayer, head: int, reduce: Reduce | None = None, rows: int = 0
+        self,
+        hidden: Tensor,
+        backbone: OutputLayer,
+        head: int,
+        reduce: Reduce | None = None,
+        rows: int = 0,
+        path: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits of one head.
 
@@ -168,8 +192,21 @@ class MedusaHeads(nn.Module):
             head: from 0; its logits at position t are for token t + 2 + head.
             reduce, rows: the sum of `reduce` over chunks of `rows` rows is returned instead, see `chunked_sum`;
                 `hidden` is [N, D] then.
+            path: int64 [..., r or more], the tokens after each state, for heads that read them (`MedusaConfig.reads`).
         """
-        return cast("Tensor | tuple[Tensor, Tensor]", self.heads[head](hidden, backbone, reduce, rows))
+        return cast("Tensor | tuple[Tensor, Tensor]", self.heads[head](hidden, backbone, reduce, rows, path))
+
+
+def path_rows(backbone: OutputLayer, path: Tensor | None, count: int) -> Tensor:
+    """What a head reads of the first `count` tokens of paths [..., r]: [..., count D].
+
+    Raises:
+        ValueError: there are no paths, or shorter ones.
+    """
+    if path is None or path.shape[-1] < count:
+        given = 0 if path is None else path.shape[-1]
+        raise ValueError(f"this head reads {count} tokens after the state, and {given} are given: pass them as path")
+    return backbone.rows(path[..., :count]).flatten(-2)
 
 
 def check_shape(config: MedusaConfig, backbone: OutputLayer) -> None:

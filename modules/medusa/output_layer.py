@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 _PROBE = 4  # tokens
 _FACTORS = ("logit_scale", "logits_scaling", "lm_head_multiplier")
@@ -63,6 +64,11 @@ class OutputLayer:
     def bias(self) -> Tensor | None:
         """Its bias, where it has one."""
         return cast("Tensor | None", getattr(self.matrix, "bias", None))
+
+    def rows(self, tokens: Tensor) -> Tensor:
+        """The matrix's rows of tokens [...], each scaled to a mean square of one: [..., D]."""
+        rows = functional.embedding(tokens, self.weight.detach())
+        return functional.rms_norm(rows.float(), rows.shape[-1:]).to(rows.dtype)
 
     def learned(self) -> list[nn.Parameter]:
         """What is trained of it: LoRA on the output matrix (Medusa-2), else nothing."""

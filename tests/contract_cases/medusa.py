@@ -45,8 +45,11 @@ def case(folder: Path) -> ContractCase:
         place, drafts = prompt.shape[1], []  # the root's; the state before it guesses what follows it
         while place + 2 < len(ids):  # where only one token is missing nothing is guessed
             hidden = last_hidden_state(task.model, input_ids=ids[None, :place])[0, -1]
-            logits = [task.learned.heads(hidden, task.layer, head) for head in range(2)]
-            guess = {choice: int(logits[len(choice) - 1].topk(4).indices[choice[-1]]) for choice in ordered}
+            guess: dict[tuple[int, ...], int] = {}
+            for choice in ordered:
+                before = [int(ids[place]), *(guess[choice[:depth]] for depth in range(1, len(choice)))]
+                logits = task.learned.heads(hidden, task.layer, len(choice) - 1, path=torch.tensor(before))
+                guess[choice] = int(logits.topk(4).indices[choice[-1]])
             drafts += [torch.tensor([guess[choice] for choice in ordered])]
             path: tuple[int, ...] = ()
             while place + 1 + len(path) < len(ids):
@@ -76,7 +79,7 @@ def case(folder: Path) -> ContractCase:
         load(model)
 
     return ContractCase(
-        recipe=tiny_recipe(name),
+        recipe=tiny_recipe(name, module__reads="path"),
         target=lambda: load_model(name)[0],
         outputs=outputs,
         graph_outputs=graph_outputs,

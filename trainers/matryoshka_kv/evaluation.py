@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,13 +21,20 @@ from trainers.kv_rivals import HandleReader
 def measure(request: Request) -> Measured:
     """See `trainers.kv_evaluation.measure_adapter`; the budget that is judged is the adapter's own."""
     entry = request.manifest.module
+    lora = entry.get("lora") is not None
     budgets = [entry["budget"], *sorted((name for name in entry["ranks"] if name != entry["budget"]), key=float)]
-    return measure_adapter(
-        request, partial(_own_cases, budgets, entry["head_dim"]), partial(_rival_cases, budgets, entry["head_dim"])
+    found = measure_adapter(
+        request,
+        partial(_own_cases, budgets, entry["head_dim"], lora),
+        partial(_rival_cases, budgets, entry["head_dim"]),
     )
+    if not lora:
+        return found
+    changed = f"{found.facts['reference']}; the adapter's LoRA changes the model itself, by itself at full width"
+    return replace(found, facts=found.facts | {"reference": changed})
 
 
-def _own_cases(budgets: list[str], size: int, load: Load, tensors: dict[str, Tensor]) -> list[CacheCase]:
+def _own_cases(budgets: list[str], size: int, lora: bool, load: Load, tensors: dict[str, Tensor]) -> list[CacheCase]:
     searched = [
         CacheCase(
             name=f"MatryoshkaKV, {budget}",
@@ -47,7 +55,9 @@ def _own_cases(budgets: list[str], size: int, load: Load, tensors: dict[str, Ten
         )
         for budget in budgets
     ]
-    return [*searched, *uniform]
+    # What LoRA does to the model, with nothing taken from its cache.
+    whole = [CacheCase(name="LoRA, full width", kind="adapter", enter=partial(_stored, load, "full"))] if lora else []
+    return [*searched, *uniform, *whole]
 
 
 def _rival_cases(budgets: list[str], size: int, model: Any, tensors: dict[str, Tensor]) -> list[CacheCase]:

@@ -15,7 +15,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from checkpoints.card import card
-from checkpoints.manifest import Manifest, describe, fingerprint
+from checkpoints.manifest import Manifest
 from checkpoints.save import write_adapter
 from data.contexts import ContextSource
 from data.stepped import step_generator
@@ -30,7 +30,7 @@ from modules.matryoshka_kv import (
     rank_masks,
     search_ranks,
 )
-from trainers.base import FrozenBackboneTask
+from trainers.lora_task import LoraTask
 from trainers.schemas.matryoshka_kv import Recipe
 
 _WATCHED = (2, 4, 8)  # eighths of the width that the divergence is watched at
@@ -40,8 +40,8 @@ Batch = tuple[Tensor, Tensor]
 """Ids, and labels where something is to be predicted."""
 
 
-class MatryoshkaTask(FrozenBackboneTask):
-    """Frozen language model, learned projections of its cache.
+class MatryoshkaTask(LoraTask):
+    """Frozen language model, learned projections of its cache, and with `lora.rank` LoRA in its layers.
 
     Attributes:
         interval: ranks are multiples of it.
@@ -51,11 +51,11 @@ class MatryoshkaTask(FrozenBackboneTask):
     unit = "tokens"
 
     def __init__(self, recipe: Recipe, model: Any, projections: MatryoshkaProjections, source: ContextSource) -> None:
-        super().__init__(model, projections, recipe)
+        super().__init__(model, projections, recipe, recipe.lora)
         self.settings, self.source = recipe, source
         self.sites = attention_sites(model)
         self.units_per_sample = recipe.data.length
-        self.fingerprint, self.description = fingerprint(model), describe(model)
+        self.may_leave_unused = bool(recipe.lora.alone)
         self.interval = recipe.module.interval or max(1, projections.head_dim // 8)
         self._tables: tuple[int, dict[str, Any]] | None = None
 
@@ -65,8 +65,8 @@ class MatryoshkaTask(FrozenBackboneTask):
         return tuple(self.learned.start.shape[:4])
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Nothing decays: zero is PCA, not nothing."""
-        return [{"params": list(self.learned.parameters()), "weight_decay": 0.0}]
+        """Nothing of the projections decays: zero is PCA, not nothing."""
+        return [{"params": [self.learned.skew, self.learned.means], "weight_decay": 0.0}, *self.lora_group()]
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Rows by number."""
@@ -78,7 +78,9 @@ class MatryoshkaTask(FrozenBackboneTask):
         return self.stepped_loader(fetch, len(self.source), self.settings.data.batch_size)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Divergence from the model without projections, and cross entropy with the text, at random ranks."""
+        """Divergence from the model as it was, and cross entropy with the text, at random ranks."""
+        if self.global_step < self.settings.lora.alone:
+            return self._lora_loss(batch)
         generator = step_generator(self.recipe.seed, "ranks", self.batch_number, self.global_rank)
         masks = draw_masks(self.shape, self.interval, generator).to(self.device)
         loss, kl, ce = self.losses(batch, self.learned, masks)
@@ -89,7 +91,7 @@ class MatryoshkaTask(FrozenBackboneTask):
         """The loss and its two parts, of some masks [L, 2, H, d]."""
         ids, labels = batch
         asked, targets = labels[:, 1:] != IGNORED, labels[:, 1:]
-        with torch.no_grad(), attending(self.backbone):
+        with torch.no_grad(), attending(self.backbone), self.without_lora():
             teacher = functional.log_softmax(self._logits(ids, asked), -1)
         with self.projected(projections, masks):
             logits = self._logits(ids, asked)
@@ -97,6 +99,15 @@ class MatryoshkaTask(FrozenBackboneTask):
         ce = functional.cross_entropy(logits, targets[asked])
         objective = self.settings.objective
         return objective.kl_weight * kl + objective.ce_weight * ce, kl, ce
+
+    def _lora_loss(self, batch: Batch) -> Tensor:
+        """Cross entropy with the text at full rank."""
+        ids, labels = batch
+        asked, targets = labels[:, 1:] != IGNORED, labels[:, 1:]
+        with attending(self.backbone):
+            loss = functional.cross_entropy(self._logits(ids, asked), targets[asked])
+        self.note(loss=loss)
+        return loss
 
     def _logits(self, ids: Tensor, asked: Tensor) -> Tensor:
         logits = cast(Any, self.backbone)(input_ids=ids, use_cache=False).logits
@@ -119,7 +130,7 @@ class MatryoshkaTask(FrozenBackboneTask):
         """Every `sample_every` updates: the divergence at some ranks."""
         every = self.settings.trainer.sample_every
         if every and self.steps_done % every == 0:
-            with self.consolidated():
+            with self.consolidated(), self.evaluating():
                 size, measure = self.learned.head_dim, self._divergence()
                 for eighths in _WATCHED:
                     rank = max(self.interval, size * eighths // 8 // self.interval * self.interval)
@@ -136,19 +147,21 @@ class MatryoshkaTask(FrozenBackboneTask):
         """Ranks by budget, of the present weights."""
         if self._tables is None or self._tables[0] != self.steps_done:
             settings = self.settings.module
-            found = search_ranks(
-                self._divergence(),
-                cast(Any, self.shape[:3]),
-                self.learned.head_dim,
-                self.interval,
-                settings.budgets,
-                settings.search,
-            )
+            with self.evaluating():
+                found = search_ranks(
+                    self._divergence(),
+                    cast(Any, self.shape[:3]),
+                    self.learned.head_dim,
+                    self.interval,
+                    settings.budgets,
+                    settings.search,
+                    refine=settings.refine,
+                )
             self._tables = self.steps_done, {f"{budget:g}": ranks.tolist() for budget, ranks in found.items()}
         return self._tables[1]
 
     def _divergence(self) -> Any:
-        """Measures ranks [L, 2, H] by the divergence that they make on fixed rows."""
+        """Measures ranks [L, 2, H] by the divergence on fixed rows from full rank, with LoRA where there is any."""
         projections = cast(MatryoshkaProjections, self.exported)
         count = min(self.settings.module.search_rows, len(self.source))
         size = min(_TOGETHER, self.settings.data.batch_size)
@@ -187,11 +200,12 @@ class MatryoshkaTask(FrozenBackboneTask):
             budget=f"{self.settings.module.budget:g}",
             ranks=self.tables(),
             rope=str(ropes.get("rope_type", "default")),
+            lora=self.settings.lora.entry(),
         )
 
     @torch.no_grad()
     def tensors(self) -> dict[str, Tensor]:
-        """Orthogonal matrices in float32, not what they are made of; means, and the variances along PCA's columns."""
+        """Orthogonal matrices in float32, not what they are made of; means, the variances along PCA's columns, LoRA."""
         projections = cast(MatryoshkaProjections, self.exported)
         bases = projections()
         named = {
@@ -203,10 +217,11 @@ class MatryoshkaTask(FrozenBackboneTask):
             "pca_values": projections.start[:, 1],
             "pca_means": projections.start_means,
         }
+        named |= self.lora_tensors()
         return {name: value.detach().float().cpu().contiguous() for name, value in named.items()}
 
     def export_adapter(self, folder: Path) -> None:
-        """Bases, means, and the tables of ranks."""
+        """Bases, means, the tables of ranks, and LoRA where it was trained."""
         backbone = self.settings.backbone
         manifest = Manifest(
             method="matryoshka_kv",

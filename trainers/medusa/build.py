@@ -54,8 +54,9 @@ def _config(recipe: Recipe, layer: OutputLayer) -> MedusaConfig:
         vocabulary=settings.vocabulary,
         draft_vocab_size=settings.draft_vocab_size,
         rank=settings.rank,
+        reads=settings.reads,
         output_bias=settings.vocabulary in ("own", "pruned") and layer.bias is not None,
-        lora=recipe.lora.model_dump(include={"rank", "alpha", "dropout", "targets"}) if recipe.lora.rank else None,
+        lora=recipe.lora.entry(),
     )
 
 

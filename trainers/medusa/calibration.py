@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.nn import functional
 
-from modules.decode_host.search import best_choices, best_size, time_steps
+from modules.decode_host.search import best_choices, best_size, expected_tokens, time_steps
 from modules.medusa import MedusaConfig, MedusaDrafter, StackedHeads
 from modules.medusa.output_layer import last_hidden_state
 
-_ROWS = (1, 2, 3, 5, 9, 13, 17, 25, 33, 49, 64)  # of a step, the root among them
+# Of a step, the root among them.  Matrix products take whole fours or eights of rows: seven cost more than eight.
+_ROWS = (1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 48, 64)
 _POSITIONS = 32  # states whose guesses are made at a time
 
 
@@ -66,9 +68,12 @@ def count_hits(model: Any, heads: StackedHeads, texts: Sequence[Text], ranks: in
     for text in texts:
         ids = torch.tensor([text.ids], device=model.device)
         states_TD = last_hidden_state(model, input_ids=ids, use_cache=False)[0, text.prompt - 1 : -2]
+        # Heads that read the path are asked below the path that came: their hits are shares of right parents.
+        after = functional.pad(ids[0, text.prompt :], (0, heads.count)).unfold(0, heads.count, 1)[: len(states_TD)]
         came = ids[0, text.prompt + 1 :]  # came[t + k] is what head k guesses at state t
         for start in range(0, len(states_TD), _POSITIONS):
-            guesses_KTR = heads.tokens(states_TD[start : start + _POSITIONS], ranks)
+            part = slice(start, start + _POSITIONS)
+            guesses_KTR = heads.tokens(states_TD[part], ranks, path_BR=after[part])
             for head in range(heads.count):
                 true = came[start + head : start + head + guesses_KTR.shape[1]]
                 hits[head] += (guesses_KTR[head, : len(true)] == true[:, None]).sum(0)
@@ -82,13 +87,22 @@ def best_tree(accuracy: Sequence[Sequence[float]], nodes: int) -> list[list[int]
 
 
 def fastest_tree(model: Any, heads: StackedHeads, accuracy: Sequence[Sequence[float]]) -> list[list[int]]:
-    """The tree that promises the most tokens per second here: by the measured time of a step of so many rows."""
-    widest = best_tree(accuracy, _ROWS[-1] - 1)
-    values = [value for _, value in best_choices(accuracy, len(widest))]
+    """The tree that promises the most tokens per second here: by the measured time of a step with just this tree.
+
+    Heads that run one after the other cost time by the tree's depth, so that is chosen along.
+    """
     limit = getattr(model.config, "max_position_embeddings", None) or 512
     context = max(1, min(256, limit - _ROWS[-1] - 1))
-    seconds = time_steps(model, _ROWS, context=context, drafter=MedusaDrafter(heads, widest))
-    return best_tree(accuracy, best_size(values, seconds))
+    rates: dict[float, list[list[int]]] = {}
+    for depth in range(1 if heads.by_path else len(accuracy), len(accuracy) + 1):
+        shallow = accuracy[:depth]
+        trees = {rows: best_tree(shallow, rows - 1) for rows in _ROWS}
+        drafters = {rows: MedusaDrafter(heads, tree) for rows, tree in trees.items() if len(tree) == rows - 1}
+        seconds = time_steps(model, list(drafters), context=context, drafter=drafters)
+        size = best_size([value for _, value in best_choices(shallow, _ROWS[-1])], seconds)
+        tree = trees[size + 1]
+        rates[expected_tokens(accuracy, [tuple(choice) for choice in tree]) / seconds[size + 1]] = tree
+    return rates[max(rates)]
 
 
 def calibrated(

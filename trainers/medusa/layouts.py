@@ -52,7 +52,7 @@ def to_layout_r(config: MedusaConfig, tensors: Mapping[str, Tensor], layer: Outp
     Raises:
         ValueError: the layout has no place for what these heads are.
     """
-    _refuse_lora_and_bias(config, "tgi")
+    _refuse_what_engines_lack(config, "tgi")
     if config.vocabulary == "pruned":
         raise ValueError("format tgi has no place for the token map of pruned heads: export them as vllm")
     if config.vocabulary == "tied" and config.num_blocks != 1:
@@ -79,7 +79,7 @@ def to_layout_r(config: MedusaConfig, tensors: Mapping[str, Tensor], layer: Outp
 
 def to_layout_v(config: MedusaConfig, tensors: Mapping[str, Tensor], layer: OutputLayer) -> Layout:
     """Heads as vLLM names them; arguments and errors as of `to_layout_r`."""
-    _refuse_lora_and_bias(config, "vllm")
+    _refuse_what_engines_lack(config, "vllm")
     out: dict[str, Tensor] = {}
     for head in range(config.num_heads):
         for block in range(config.num_blocks):
@@ -108,9 +108,11 @@ def to_layout_v(config: MedusaConfig, tensors: Mapping[str, Tensor], layer: Outp
     return Layout(values, out, V_FILE)
 
 
-def _refuse_lora_and_bias(config: MedusaConfig, name: str) -> None:
+def _refuse_what_engines_lack(config: MedusaConfig, name: str) -> None:
     if config.lora is not None:
         raise ValueError(f"format {name} has no place for the LoRA that these Medusa-2 heads need on their backbone")
+    if config.reads != "state":
+        raise ValueError(f"format {name} has no place for the matrices with which these heads read tokens")
     if config.output_bias:
         raise ValueError(f"format {name} has no place for the bias of these heads' output matrices")
 

@@ -76,8 +76,14 @@ def head_loss(
         hits = (logits.detach().argmax(-1) == targets[part]).sum()
         return score(logits, wanted, targets[part]), hits
 
-    total, hits = cast("tuple[Tensor, Tensor]", heads(hidden_NLD[n, t], backbone, head, reduce, rows))
+    path = path_after(blocks, n, t, heads.config.tokens_read(head))
+    total, hits = cast("tuple[Tensor, Tensor]", heads(hidden_NLD[n, t], backbone, head, reduce, rows, path))
     return HeadLoss(total / max(1, len(n)), hits / max(1, valid))
+
+
+def path_after(blocks: Blocks, n: Tensor, t: Tensor, count: int) -> Tensor:
+    """The `count` tokens [.., count] after the positions t of the blocks n."""
+    return blocks.input_ids[n[:, None], t[:, None] + torch.arange(1, count + 1, device=t.device)]
 
 
 def _number_among(token_ids: Tensor, vocabulary: int) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,10 +16,11 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from checkpoints.card import card
-from checkpoints.manifest import Manifest, describe, fingerprint
+from checkpoints.manifest import Manifest
 from checkpoints.save import write_adapter
 from data.recorded import INDEX_FILE, RecordedStates, record_states
 from data.text import IGNORED, Blocks
+from modules.lora import lora_off
 from modules.medusa import (
     MedusaConfig,
     MedusaHandle,
@@ -31,9 +32,8 @@ from modules.medusa import (
     module_entry,
 )
 from modules.medusa.chunked import chunked_sum
-from modules.medusa.lora import add_lora, lora_off, lora_tensors, remove_lora
 from modules.medusa.output_layer import last_hidden_state
-from trainers.base import FrozenBackboneTask
+from trainers.lora_task import LoraTask
 from trainers.medusa.calibration import Text, calibrated, greedy_texts
 from trainers.medusa.layouts import ENGINES, write_layout
 from trainers.medusa.objective import head_loss, head_weights
@@ -48,20 +48,12 @@ Batch = tuple[Tensor, Tensor, Tensor, Tensor | None]
 class Learned(nn.Module):
     """All that is trained: the heads, and for Medusa-2 the LoRA parts of the backbone's layers, shared with it."""
 
-    lora: nn.ModuleDict
-
     def __init__(self, heads: MedusaHeads) -> None:
         super().__init__()
         self.heads = heads
 
-    def lora_parts(self) -> dict[str, nn.ModuleList]:
-        """(A, B, dropout) by the name of the backbone's layer; empty for Medusa-1."""
-        if not hasattr(self, "lora"):
-            return {}
-        return {name.replace("-", "."): cast(nn.ModuleList, part) for name, part in self.lora.items()}
 
-
-class MedusaTask(FrozenBackboneTask):
+class MedusaTask(LoraTask):
     """Frozen language model, learned heads.
 
     Attributes:
@@ -84,16 +76,10 @@ class MedusaTask(FrozenBackboneTask):
         pad: int,
     ) -> None:
         copied = {"heads": "the output matrix"} if recipe.module.vocabulary in ("own", "pruned") else {}
-        super().__init__(model, Learned(heads), recipe, copied)
+        super().__init__(model, Learned(heads), recipe, recipe.lora, copied)
         self.settings, self.prompts, self.pad, self._text = recipe, list(prompts), pad, text
         self.units_per_sample = recipe.data.length
         self.may_leave_unused = bool(recipe.lora.heads_first)
-        self.fingerprint, self.description = fingerprint(model), describe(model)
-        self._frozen = [parameter for parameter in model.parameters()]
-        if recipe.lora.rank:
-            parts = add_lora(model, recipe.lora.model_dump())
-            self.learned.lora = nn.ModuleDict({name.replace(".", "-"): part for name, part in parts.items()})
-            self.learned.lora.float().requires_grad_(True)
         self.layer = OutputLayer.of(model)
         self._greedy: list[Text] | None = None
         self._calibrated: tuple[int, MedusaConfig] | None = None
@@ -105,17 +91,7 @@ class MedusaTask(FrozenBackboneTask):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The heads, and LoRA with a learning rate of its own."""
-        groups: list[dict[str, Any]] = [{"params": list(self.learned.heads.parameters())}]
-        if self.settings.lora.rank:
-            rate = self.settings.optimizer.lr * self.settings.lora.lr_scale
-            groups.append({"params": list(self.learned.lora.parameters()), "lr": rate})
-        return groups
-
-    def parameter_table(self) -> list[dict[str, Any]]:
-        """As for every method; what LoRA added to the backbone is not frozen and counted once."""
-        rows = super().parameter_table()
-        rows[-1] |= {"tensors": len(self._frozen), "parameters": sum(value.numel() for value in self._frozen)}
-        return rows
+        return [{"params": list(self.learned.heads.parameters())}, *self.lora_group()]
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Packed blocks, made when training begins: an export has no need of them."""
@@ -145,7 +121,7 @@ class MedusaTask(FrozenBackboneTask):
         if recorded is not None:
             return self._heads_loss(recorded, blocks)
         if not self._backbone_learns():
-            with torch.no_grad(), self._lora_off():
+            with torch.no_grad(), self.without_lora():
                 hidden = self._hidden(blocks)
             return self._heads_loss(hidden, blocks)
         hidden = self._hidden(blocks)
@@ -179,9 +155,6 @@ class MedusaTask(FrozenBackboneTask):
 
     def _backbone_learns(self) -> bool:
         return bool(self.settings.lora.rank) and self.global_step >= self.settings.lora.heads_first
-
-    def _lora_off(self) -> Any:
-        return lora_off(self.model) if self.settings.lora.rank else nullcontext()
 
     def _heads_weight(self) -> float:
         settings, last = self.settings.lora, self.settings.trainer.max_steps
@@ -229,7 +202,7 @@ class MedusaTask(FrozenBackboneTask):
     def drafting(self, config: MedusaConfig) -> Iterator[MedusaHandle]:
         """The model as a user of the exported adapter has it, with the tree of a config."""
         heads = heads_of(replace(config, lora=None), self._head_tensors(), self.model)
-        with self._evaluating(), attach_heads(self.model, heads, self.layer) as handle:
+        with self.evaluating(), attach_heads(self.model, heads, self.layer) as handle:
             yield handle
 
     def calibrated(self) -> MedusaConfig:
@@ -241,19 +214,9 @@ class MedusaTask(FrozenBackboneTask):
     def counted(self, nodes: int | str) -> MedusaConfig:
         """The config with hits and counts of the present weights, and a tree of so many nodes."""
         config = self.learned.heads.config
-        with self._evaluating():
+        with self.evaluating():
             heads = StackedHeads(heads_of(config, self._head_tensors(), self.model), self.layer)
             return calibrated(self.model, heads, config, self._texts(), self.settings.module.ranks, nodes)
-
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """No dropout in what is shared with the backbone's layers (Medusa-2)."""
-        training = self.learned.training
-        self.learned.eval()
-        try:
-            yield
-        finally:
-            self.learned.train(training)
 
     def _texts(self) -> list[Text]:
         """The backbone's own greedy texts; they change only where the backbone learns along."""
@@ -287,8 +250,7 @@ class MedusaTask(FrozenBackboneTask):
             made_by=self.made_by(),
             trained=self.parameter_table(),
         )
-        parts = cast(Learned, self.exported).lora_parts()
-        lora = {name: self._stored(value) for name, value in lora_tensors(parts).items()}
+        lora = {name: self._stored(value) for name, value in self.lora_tensors().items()}
         write_adapter(folder, manifest, self._head_tensors() | lora, card(manifest, None))
 
     @property
@@ -299,9 +261,3 @@ class MedusaTask(FrozenBackboneTask):
     def _export_layout(self, name: str, folder: Path) -> None:
         config, base = self.learned.heads.config, self.settings.backbone.name
         write_layout(name, folder, config, self._head_tensors(), self.layer, base)
-
-    def adapter_target(self) -> Any:
-        """The model, without what Medusa-2 put into it."""
-        if self.settings.lora.rank:
-            remove_lora(self.model)
-        return self.model

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, PositiveInt, field_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from trainers.config import Section
 from trainers.context_settings import ContextRecipe
+from trainers.lora_settings import LoraSettings
 
 
 class Module(Section):
@@ -24,6 +25,12 @@ class Module(Section):
     search: Literal["curves", "batched", "exact"] = Field(
         default="curves",
         description="how ranks are chosen: curves measures each by itself, batched and exact again and again",
+    )
+    refine: int = Field(
+        default=0,
+        ge=0,
+        description="sweeps after the search that trade steps between units while the divergence falls, two "
+        "measurements per unit each",
     )
     search_rows: PositiveInt = Field(default=8, description="rows of the training data that ranks are judged on")
 
@@ -44,9 +51,33 @@ class Objective(Section):
     ce_weight: float = Field(default=0.75, ge=0, le=1, description="of the cross entropy with the text")
 
 
+class Lora(LoraSettings):
+    """The backbone is trained along, through LoRA: fine-tuning on a task, with the cache narrow from the start."""
+
+    alone: int = Field(
+        default=0, ge=0, description="first updates that train LoRA alone, at full rank and by the text's cross entropy"
+    )
+
+
 class Recipe(ContextRecipe):
     """MatryoshkaKV (arXiv:2410.14731)."""
 
     method: Literal["matryoshka_kv"] = Field(default="matryoshka_kv", description="MatryoshkaKV")
     module: Module = Field(default_factory=Module, description="projections and ranks")
     objective: Objective = Field(default_factory=Objective, description="what the truncated model is asked to say")
+    lora: Lora = Field(default_factory=Lora, description="training the backbone along")
+
+    @model_validator(mode="after")
+    def _lora_agrees(self) -> Recipe:
+        if not self.lora.rank:
+            return self
+        if self.trainer.ema:
+            raise ValueError(
+                "trainer.ema averages the projections alone: set it to 0 where lora.rank trains the backbone too"
+            )
+        if self.lora.alone >= self.trainer.max_steps:
+            raise ValueError(
+                f"lora.alone is {self.lora.alone}, so the projections would not train in {self.trainer.max_steps} "
+                "updates: lower it"
+            )
+        return self

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from trainers.config import RecipeBase, Section, Text
+from trainers.lora_settings import LoraSettings
 
 
 class Module(Section):
@@ -23,6 +24,11 @@ class Module(Section):
         default=None, description="tokens that pruned heads tell apart: the most frequent ones of the training text"
     )
     rank: PositiveInt | None = Field(default=None, description="rank of the low-rank correction, 64 to 256")
+    reads: Literal["state", "root", "path"] = Field(
+        default="state",
+        description="what a head guesses from beside the hidden state: nothing (Medusa), the token that the backbone "
+        "chose from it, or that one and the guesses before its own (Hydra); serving engines load the first kind only",
+    )
     stored: Literal["backbone", "bfloat16"] = Field(
         default="backbone",
         description="dtype of the adapter's numbers; they run in the backbone's, and only guess, so half of float32's "
@@ -96,17 +102,9 @@ class Objective(Section):
     )
 
 
-class Lora(Section):
+class Lora(LoraSettings):
     """Medusa-2: the backbone is trained along, through LoRA."""
 
-    rank: int = Field(default=0, ge=0, description="rank of LoRA on the backbone; 0 leaves the backbone as it is")
-    alpha: float = Field(default=16.0, gt=0, description="LoRA's scale, times rank")
-    dropout: float = Field(default=0.05, ge=0, lt=1, description="LoRA's dropout")
-    targets: list[str] = Field(
-        default=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-        description="names of the backbone's linear layers that get LoRA",
-    )
-    lr_scale: float = Field(default=0.25, gt=0, description="learning rate of LoRA, times optimizer.lr")
     loss: Literal["kl", "ce"] = Field(
         default="kl",
         description="the backbone's own loss: KL to itself with LoRA off (for text that it wrote), or the text's",

@@ -46,9 +46,9 @@ class ShardedBackboneDDP(BackboneDDP):
         """Shards are made on the device they will stay on."""
         super().model_to_device()
         task: FrozenBackboneTask = self.lightning_module  # type: ignore[assignment]
-        whole = set(task.runs_past_hooks())
+        whole, ours = set(task.runs_past_hooks()), set(task.learned.parameters())  # LoRA hangs in the blocks
         for block in task.sharded_units():
             if block not in whole:
-                fully_shard(block)
+                fully_shard(block, ignored_params=ours)
         if task.runs_whole_backbone:
-            fully_shard(task.backbone, reshard_after_forward=True)
+            fully_shard(task.backbone, reshard_after_forward=True, ignored_params=ours)
