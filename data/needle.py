@@ -59,13 +59,8 @@ def needle_rows(
     Raises:
         ValueError: more needles than keys or than fit the context, or more questions than needles.
     """
-    kinds = ASKED_KEYS if decoys else KEYS
+    kinds = _asked(context, needles, questions, decoys)
     marked = needles + decoys
-    if not 1 <= questions <= needles <= len(kinds) or 3 * marked > context or decoys < 0:
-        raise ValueError(
-            f"{questions} questions about {needles} needles in {context} tokens, and {decoys} decoys: give 1 to "
-            f"{len(kinds)} needles, 3 tokens for each of both, and no more questions than needles"
-        )
     noise, markers = _half(NOISE, style), _half(MARKERS, style)
     ids = _draw(noise, (count, context), generator)
     keys = _different(len(kinds), needles, count, generator) + kinds.start
@@ -114,6 +109,9 @@ class Needles:
     fewest: int | None = None
     known: bool = False
 
+    def __post_init__(self) -> None:
+        _asked(self.shortest or self.context, self.needles, self.questions, self.decoys)
+
     def __len__(self) -> int:
         return self.count
 
@@ -127,6 +125,17 @@ class Needles:
             decoys = int(torch.randint(self.fewest, decoys + 1, (), generator=generator))
         settings = {"needles": self.needles, "questions": self.questions, "decoys": decoys, "known": self.known}
         return needle_rows(len(index), context, generator, style=self.style, **settings)
+
+
+def _asked(context: int, needles: int, questions: int, decoys: int) -> range:
+    """Keys that needles may have.  Raises ValueError where they do not suffice, or the context does not."""
+    keys = ASKED_KEYS if decoys else KEYS
+    if not 1 <= questions <= needles <= len(keys) or 3 * (needles + decoys) > context or decoys < 0:
+        raise ValueError(
+            f"{questions} questions about {needles} needles in {context} tokens, and {decoys} decoys: give 1 to "
+            f"{len(keys)} needles, 3 tokens for each of both, and no more questions than needles"
+        )
+    return keys
 
 
 def copy_rows(count: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

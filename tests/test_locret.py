@@ -27,7 +27,7 @@ from modules.locret import (
     features_and_labels,
     features_while_evicting,
 )
-from modules.token_selectors import Random
+from modules.token_selectors import ExpectedAttention, Random
 from tests.tiny_kv import save_tiny, tiny_recipe
 from tests.tiny_kv_models import CONFIGS, some_ids, tiny_model
 from trainers.contexts import held_out_rows
@@ -293,6 +293,8 @@ def test_decoys_look_like_needles_and_are_never_asked_for() -> None:
     assert len(set(before)) > 3  # needles lie anywhere among the decoys
     with pytest.raises(ValueError, match="give 1 to 16 needles"):
         needle_rows(1, 200, torch.Generator(), needles=20, decoys=1)
+    with pytest.raises(ValueError, match="8 needles in 60 tokens, and 13 decoys"):
+        Needles(64, shortest=60, decoys=13, fewest=0)  # at once, not when a batch draws them
     drawn = [Needles(64, 4, 4, decoys=3, fewest=0).rows(torch.tensor([n])).input_ids[0] for n in range(60)]
     assert {sum(token in MARKERS for token in ids.tolist()) - 4 for ids in drawn} == {0, 1, 2, 3}
 
@@ -346,14 +348,20 @@ def test_trained_heads_keep_what_will_be_asked_for(tmp_path: Path) -> None:
     trained = accuracy(model, LocretSelector(task.learned), rows)
     assert full > 0.95 and trained >= full - 0.05
     assert trained >= accuracy(model, Random(), rows) + 0.5 and trained >= untrained + 0.3
+    decoys = held_out_rows("needle", tokenizer, 512, 32, 16, decoys=56)
+    known, unknown = (
+        accuracy(model, selector, decoys, 32, 64)
+        for selector in (LocretSelector(task.learned), ExpectedAttention(model))
+    )
+    assert known >= unknown + 0.1
 
 
-def accuracy(model: Any, selector: Any, rows: Any) -> float:
-    """Where an eighth of the tokens is kept."""
+def accuracy(model: Any, selector: Any, rows: Any, budget: int = 64, chunk: int | None = None) -> float:
+    """Where so many units are kept of contexts that are read at once, or so many tokens at a time."""
 
     @contextmanager
     def enter(context: int) -> Iterator[Any]:
-        with attach_cache(model, selector=selector, policy=CachePolicy(budget=context // 8)) as handle:
+        with attach_cache(model, selector=selector, policy=CachePolicy(budget=budget, stabilizers=2)) as handle:
             yield HandleReader(handle)
 
-    return quality_of(model, CacheCase(name="", kind="adapter", enter=enter), rows).accuracy
+    return quality_of(model, CacheCase(name="", kind="adapter", enter=enter), rows, chunk).accuracy
