@@ -177,8 +177,10 @@ class Evaluation(Section):
         description="adapter folder or Hub id of the other learned KV cache (locret, matryoshka_kv), to be measured "
         "together with this one",
     )
-    timing_context: PositiveInt = Field(
-        default=8192, description="tokens that a learned KV cache holds while its decoding is timed"
+    timing_context: PositiveInt | Annotated[list[PositiveInt], Field(min_length=1)] = Field(
+        default=8192,
+        description="tokens of the context behind which a learned KV cache decodes while it is timed, or a list of "
+        "such lengths: reading is timed, and memory taken, at the first",
     )
     rivals: Literal["all", "family", "none"] = Field(
         default="all",
@@ -188,6 +190,11 @@ class Evaluation(Section):
     )
     repeats: int = Field(default=5, ge=5, description="paired timing rounds, each with every row once")
     seed: int = Field(default=1234, description="seed of the held-out inputs and of their noise")
+
+    @property
+    def timing_contexts(self) -> list[int]:
+        """Every length, one or more."""
+        return self.timing_context if isinstance(self.timing_context, list) else [self.timing_context]
 
 
 class RecipeBase(Section):
