@@ -81,7 +81,7 @@ def main() -> int:
         for context in arguments.contexts:
             vocabulary = int(model.config.vocab_size)
             ids = torch.randint(2, vocabulary, (1, context), generator=torch.Generator().manual_seed(0))
-            prepared = decoding(model, cases, ids, TOKENS)
+            prepared, _ = decoding(model, cases, ids, context, TOKENS)
             found = alternate(prepared, cases[0].name, device=torch.device("cpu"), rounds=ROUNDS)
             for case in cases[1:]:
                 timing = found[case.name]

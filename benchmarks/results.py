@@ -14,7 +14,11 @@ FOLDER = Path(__file__).parent / "results"
 
 
 def append(name: str, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Add rows (all with the same columns) to benchmarks/results/<name>.csv, each with commit and machine."""
+    """Add rows (all with the same columns) to benchmarks/results/<name>.csv, each with commit and machine.
+
+    Raises:
+        ValueError: the file is there with other columns.
+    """
     code, machine = code_version(), devices()
     where = {
         "date": date.today().isoformat(),
@@ -25,6 +29,8 @@ def append(name: str, rows: Sequence[Mapping[str, Any]]) -> Path:
     path = FOLDER / f"{name}.csv"
     path.parent.mkdir(exist_ok=True)
     new = not path.exists()
+    if not new and (header := path.read_text(encoding="utf-8").partition("\n")[0]) != ",".join([*where, *rows[0]]):
+        raise ValueError(f"{path} has the columns {header}, and not those of the new rows: give another name")
     with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*where, *rows[0]], lineterminator="\n")
         if new:

@@ -76,8 +76,7 @@ def record_trajectories(
     for start in range(0, len(inputs), batch_size):
         rows = slice(start, min(start + batch_size, len(inputs)))
         conditions = driver.encode(inputs[rows])
-        scheduler = type(driver.pipe.scheduler).from_config(driver.pipe.scheduler.config)
-        scheduler.set_timesteps(steps, device=driver.device)
+        scheduler = driver.sampler(steps, driver.device)
         latents, timesteps = driver.initial_noise(seeds[rows]), scheduler.timesteps
         latents = latents * scheduler.init_noise_sigma
         for position in range(steps + 1):

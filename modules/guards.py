@@ -16,7 +16,8 @@ class GuidanceGuard:
     """Refuses a guidance scale that differs from the trained one.
 
     A pipeline tells its modules nothing about guidance, but both halves of the first forward and the combination that
-    reaches the scheduler give it away: combined = nothing + w (asked - nothing).
+    reaches the scheduler give it away: combined = nothing + w (asked - nothing).  A model that was distilled for
+    guidance (Flux) is told in its `guidance` argument.
     """
 
     tolerance = 0.02  # relative; half precision rounds the combination
@@ -25,12 +26,14 @@ class GuidanceGuard:
         self.clock, self.guidance, self.scheduler = clock, guidance, pipe.scheduler
         self._halves: tuple[Tensor, ...] = ()
         self._asked_last = type(pipe).__name__ != "DiTPipeline"
-        self._remover = clock.transformer.register_forward_hook(self._see_output)
+        self._told: Tensor | None = None
+        self._remover = clock.transformer.register_forward_hook(self._see_output, with_kwargs=True)
         self._before = vars(self.scheduler).get("step")
         self.scheduler.step = self._checked(self.scheduler.step)
 
-    def _see_output(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _see_output(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if self.clock.step == 0:
+            self._told = kwargs.get("guidance")
             sample = output[0] if isinstance(output, tuple) else output.sample
             self._halves = (sample,)
 
@@ -46,7 +49,7 @@ class GuidanceGuard:
 
     def _check(self, sample: Tensor, combined: Tensor) -> None:
         channels, rows = combined.shape[1], len(sample)
-        found = 1.0
+        found = 1.0 if self._told is None else float(self._told.flatten()[0])
         # DiT's pipeline keeps both halves through the scheduler; the others keep one.
         doubled = not self._asked_last and rows % 2 == 0 and rows == len(combined)
         if doubled or rows == 2 * len(combined):
@@ -84,6 +87,10 @@ _SOLVER = (
     "thresholding",
     "clip_sample",
     "set_alpha_to_one",
+    "shift",
+    "use_dynamic_shifting",
+    "base_shift",
+    "max_shift",
 )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from modules.contracts import AdapterEntry, Granularity, Predictor
 from modules.learned_cache import CacheHandle, OperatingPoint, Sampling
 from modules.linear_forecast import LinearForecast, taylor_weights
-from modules.reuse import Hold, Taylor
+from modules.reuse import Delta, Hold, Taylor
 from modules.sites import find_transformer
 
 CARD_NOTES = (
@@ -151,14 +151,21 @@ class RouterTable(nn.Module):
         return weights
 
 
-def predictor_of(reuse_op: str, weights: Tensor | None = None, history: int = 3) -> Callable[[], Predictor]:
-    """What stands in for reused units; `weights` [T, N, W] are the learned forecast's, those of outputs first."""
+def predictor_of(
+    reuse_op: str, weights: Tensor | None = None, history: int = 3, granularity: Granularity = "submodule"
+) -> Callable[[], Predictor]:
+    """What stands in for reused units; `weights` [T, N, W] are the learned forecast's, those of outputs first.
+
+    Of whole blocks it is what they add to their input that is held or extrapolated: the current input flows through.
+    """
     if reuse_op == "linear":
         if weights is None:
             raise ValueError("reuse_op is 'linear', which needs the forecast's weights")
         outputs, inputs = weights[..., :history], weights[..., history:]
         return lambda: LinearForecast(outputs, inputs if inputs.shape[2] else None)
-    return Hold if reuse_op == "hold" else lambda: Taylor(int(reuse_op[-1]))
+    if reuse_op == "hold":
+        return Delta if granularity == "block" else Hold
+    return lambda: Taylor(int(reuse_op[-1]), feature="residual" if granularity == "block" else "output")
 
 
 def reuse_ratio(mask: Tensor) -> float:
@@ -175,7 +182,7 @@ def operating_points(config: HarmoniCaConfig, masks: Tensor, weights: Tensor | N
     """
     each = [None] * len(masks) if weights is None else list(weights)
     return [
-        OperatingPoint(mask, predictor_of(config.reuse_op, own, config.history))
+        OperatingPoint(mask, predictor_of(config.reuse_op, own, config.history, config.granularity))
         for mask, own in zip(masks, each, strict=True)
     ]
 

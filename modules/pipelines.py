@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
@@ -52,8 +53,11 @@ class DiffusionDriver(ABC):
         """`call` holds keyword arguments that every `pipe(...)` of this backbone needs."""
         self.pipe, self.call = pipe, dict(call or {})
         self.transformer: nn.Module = pipe.transformer
-        config = self.transformer.config
-        self.latent_shape = (config.in_channels, config.sample_size, config.sample_size)
+        self.latent_shape = self._latent_shape()
+
+    def _latent_shape(self) -> tuple[int, int, int]:
+        config: Any = self.transformer.config
+        return (config.in_channels, config.sample_size, config.sample_size)
 
     @property
     def device(self) -> torch.device:
@@ -69,6 +73,16 @@ class DiffusionDriver(ABC):
         """The noise [B, C, H, W] that the pipeline itself draws for one generator per image."""
         rows = [torch.randn((1, *self.latent_shape), generator=_generator(s), dtype=self.dtype) for s in seeds]
         return torch.cat(rows).to(self.device)
+
+    def sampler(self, steps: int, device: torch.device | None = None) -> Any:
+        """A fresh scheduler like the pipeline's, with the timesteps that the pipeline's call gives it.
+
+        Args:
+            device: of its timesteps; the host if left out.
+        """
+        scheduler = type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)
+        scheduler.set_timesteps(steps, device=device)
+        return scheduler
 
     @abstractmethod
     def encode(self, inputs: Sequence[Any]) -> Conditions:
@@ -207,10 +221,107 @@ class DiTDriver(DiffusionDriver):
         return {"class_labels": [int(label) for label in inputs]}
 
 
+class FluxDriver(DiffusionDriver):
+    """`FluxPipeline`: one forward a step, whose guidance is an argument of the model or, for schnell, is not.
+
+    Latents are [B, C, H, W] as everywhere; the model sees patches of 2 x 2 in a row.
+    """
+
+    asked_first = True
+
+    def _latent_shape(self) -> tuple[int, int, int]:
+        scale, default = self.pipe.vae_scale_factor, self.pipe.default_sample_size
+        height, width = (2 * int(self.call.get(side, default * scale) // (2 * scale)) for side in ("height", "width"))
+        config: Any = self.transformer.config
+        return (config.in_channels // 4, height, width)
+
+    def sampler(self, steps: int, device: torch.device | None = None) -> Any:
+        """See the parent; the shift of the timesteps depends on the number of image tokens."""
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+        scheduler = type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)
+        config, tokens = scheduler.config, self.latent_shape[1] * self.latent_shape[2] // 4
+        names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+        bounds = [config.get(name, value) for name, value in zip(names, (256, 4096, 0.5, 1.15), strict=True)]
+        sigmas = None if config.get("use_flow_sigmas") else np.linspace(1.0, 1 / steps, steps)
+        given = {"num_inference_steps": steps} if sigmas is None else {"sigmas": sigmas}
+        scheduler.set_timesteps(**given, mu=calculate_shift(tokens, *bounds), device=device)
+        if not hasattr(scheduler, "scale_model_input"):
+            # A flow's noise and inputs have unit scale; saying so spares every caller the question.
+            scheduler.scale_model_input, scheduler.init_noise_sigma = _unscaled, 1.0
+        return scheduler
+
+    @torch.no_grad()
+    def encode(self, inputs: Sequence[str]) -> Conditions:
+        """Conditions of B prompts."""
+        length = {k: v for k, v in self.call.items() if k == "max_sequence_length"}
+        asked, nothing = (
+            self.pipe.encode_prompt(prompt=prompts, prompt_2=None, device=self.device, **length)
+            for prompts in (list(inputs), [""])
+        )
+        rows = len(inputs)
+        return Conditions(
+            {"text": asked[0], "pooled": asked[1]},
+            {"text": nothing[0].expand(rows, -1, -1), "pooled": nothing[1].expand(rows, -1)},
+        )
+
+    def join(self, conditions: Conditions) -> dict[str, Tensor]:
+        """What is asked: there is no second half."""
+        return conditions.asked
+
+    def guided(self, latents: Tensor, timestep: Tensor, conditions: Conditions, guidance: float) -> Tensor:
+        """See the parent; B rows in any case."""
+        config: Any = self.transformer.config
+        asked = dict(conditions.asked)
+        if config.guidance_embeds:
+            asked["guidance"] = torch.full((len(latents),), guidance, device=latents.device, dtype=torch.float32)
+        return self.denoise(latents.to(self.dtype), timestep.expand(len(latents)), asked)
+
+    def denoise(self, latents: Tensor, timestep: Tensor, conditions: dict[str, Tensor]) -> Tensor:
+        """See the parent; `conditions` may hold a `guidance` [B]."""
+        rows, channels, height, width = latents.shape
+        place: dict[str, Any] = {"device": latents.device, "dtype": latents.dtype}
+        image_ids = self.pipe._prepare_latent_image_ids(rows, height // 2, width // 2, **place)
+        out = self.transformer(
+            hidden_states=self.pipe._pack_latents(latents, rows, channels, height, width),
+            timestep=timestep.to(latents.dtype) / 1000,
+            guidance=conditions.get("guidance"),
+            pooled_projections=conditions["pooled"],
+            encoder_hidden_states=conditions["text"],
+            txt_ids=torch.zeros(conditions["text"].shape[1], 3, **place),
+            img_ids=image_ids,
+            return_dict=False,
+        )[0]
+        scale = self.pipe.vae_scale_factor
+        unpacked: Tensor = self.pipe._unpack_latents(out, height * scale, width * scale, scale)
+        return unpacked
+
+    def pipeline_arguments(self, inputs: Sequence[str]) -> dict[str, Any]:
+        """The prompts."""
+        return {"prompt": list(inputs)}
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """See the parent; this autoencoder's latents are shifted too."""
+        config = self.pipe.vae.config
+        images: Tensor = super().decode(latents + config.shift_factor * config.scaling_factor)
+        return images
+
+    def latents_of(self, images: Tensor) -> Tensor:
+        """See `decode`."""
+        config = self.pipe.vae.config
+        latents: Tensor = super().latents_of(images) - config.shift_factor * config.scaling_factor
+        return latents
+
+
+def _unscaled(sample: Tensor, timestep: Any = None) -> Tensor:
+    return sample
+
+
 _DRIVERS: dict[str, type[DiffusionDriver]] = {
     "PixArtAlphaPipeline": PixArtDriver,
     "PixArtSigmaPipeline": PixArtDriver,
     "DiTPipeline": DiTDriver,
+    "FluxPipeline": FluxDriver,
 }
 
 # What the embedded pipelines need in every call: they are smaller than diffusers' resolution bins, and their captions
@@ -269,4 +380,4 @@ def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-__all__ = ["Conditions", "DiTDriver", "DiffusionDriver", "PixArtDriver", "driver", "load_pipeline"]
+__all__ = ["Conditions", "DiTDriver", "DiffusionDriver", "FluxDriver", "PixArtDriver", "driver", "load_pipeline"]

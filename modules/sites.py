@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
@@ -14,6 +14,7 @@ from modules.contracts import Features
 _STACKS: dict[str, tuple[str, ...]] = {
     "DiTTransformer2DModel": ("transformer_blocks",),
     "PixArtTransformer2DModel": ("transformer_blocks",),
+    "FluxTransformer2DModel": ("transformer_blocks", "single_transformer_blocks"),
 }
 # Blocks that diffusers' TransformerBlockRegistry lacks: where hidden and encoder states are in the output.
 _MORE_STREAMS: dict[str, tuple[int, int | None]] = {"JointTransformerBlock": (1, 0)}
@@ -114,12 +115,48 @@ def submodules(block: nn.Module) -> dict[str, nn.Module]:
         ValueError: the block has none of them.
     """
     found = {name: part for name in ("attn1", "attn2", "ff") if (part := getattr(block, name, None)) is not None}
-    if not found:
+    if "attn1" not in found:
         raise ValueError(
             f"a {type(block).__name__} has no attn1, attn2 or ff to take apart: use block granularity, "
-            f"or a block of {' or '.join(sorted(_STACKS))}"
+            "or the blocks of a DiTTransformer2DModel or PixArtTransformer2DModel"
         )
     return found
+
+
+def finest_granularity(transformer: nn.Module) -> Literal["submodule", "block"]:
+    """What can be reused at least: parts of blocks, or whole blocks where those cannot be taken apart."""
+    try:
+        for block in block_stack(transformer).blocks:
+            submodules(block)
+    except ValueError:
+        return "block"
+    return "submodule"
+
+
+def last_linears(block: nn.Module) -> tuple[nn.Module, ...]:
+    """Of each part of a block the linear layer that runs last, whether or not the part can be reused on its own.
+
+    Flux: joint attention and both feed-forward parts of a double block; of a single block its one output projection.
+
+    Raises:
+        ValueError: the block has no such parts.
+    """
+    names = ("attn1", "attn2", "attn", "ff", "ff_context")
+    parts = [part for name in names if (part := getattr(block, name, None)) is not None]
+    found = [last for part in parts if (last := _last_linear(part)) is not None]
+    # A projection of the block's own comes after its parts, and takes in what they give.
+    if isinstance(own := getattr(block, "proj_out", None), nn.Linear):
+        found = [own]
+    if not found:
+        raise ValueError(f"a {type(block).__name__} has no attention or feed-forward part whose work could be counted")
+    return tuple(found)
+
+
+def _last_linear(part: nn.Module) -> nn.Module | None:
+    if isinstance(to_out := getattr(part, "to_out", None), nn.ModuleList):
+        return to_out[0]
+    layers = getattr(part, "net", None)
+    return None if layers is None else [layer for layer in layers if not isinstance(layer, nn.Dropout)][-1]
 
 
 def find_transformer(target: Any) -> nn.Module:
@@ -146,9 +183,7 @@ def _block_lists(transformer: nn.Module) -> tuple[str, ...]:
     for base in type(transformer).__mro__:
         if base.__name__ in _STACKS:
             return _STACKS[base.__name__]
-    raise ValueError(
-        f"a {type(transformer).__name__} is not supported: modules attach to {' and '.join(sorted(_STACKS))}"
-    )
+    raise ValueError(f"a {type(transformer).__name__} is not supported: modules attach to {', '.join(sorted(_STACKS))}")
 
 
 def block_stack(transformer: nn.Module) -> BlockStack:

@@ -58,12 +58,15 @@ def test_every_operating_point_is_measured_beside_rivals_of_its_own(
     assert [case.name for case in setup.cases if case.kind == "adapter"] == ["forecast 50%", "forecast 33%"]
     assert len({case.name for case in setup.cases}) == len(setup.cases)
     assert {"2 steps", "3 steps", "DP schedule, 2 of 6", "DP schedule, 3 of 6"} <= {case.name for case in setup.cases}
+    groups = {case.group for case in setup.cases if case.kind in ("plain", "untrained")}
+    assert groups == {"fewer steps", "hold", "TaylorSeer", "FirstBlockCache", "DP schedule"}
     probe = Probe(driver=running, inputs=setup.inputs, seeds=setup.seeds, reference=setup.reference)
     work = {case.name: probe.run(case) for case in setup.cases}
     assert work["6 steps"][0] == 24 and work["6 steps"][1] > 60  # the reference is the full run
-    family = [case.name for case in setup.cases if case.kind == "peer"]
-    assert family == [f"its own table, {op}" for op in ("hold", "Taylor 1", "Taylor 2")]
-    assert all(work[name][0] == work["forecast 50%"][0] for name in family)
+    family = [case.name for case in setup.cases if case.name.startswith("its own")]
+    ops = ("hold", "Taylor 1", "Taylor 2")
+    assert family == [f"its own table at {share}, {op}" for share in ("50%", "33%") for op in ops]
+    assert all(work[name][0] == work[f"forecast {name.split()[4].rstrip(',')}"][0] for name in family)
     assert (work["forecast 50%"][0], work["forecast 33%"][0]) == (12, 8)
     assert not any(getattr(module, "_diffusers_hook", None) for module in running.transformer.modules())
 

@@ -1,6 +1,7 @@
 """Rivals of a diffusion adapter execute what their settings say; the search never gives them less work than asked."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from trainers.diffusion_cases import (
     Probe,
     cheapest_schedule,
     cheapest_threshold,
+    enough_everywhere,
     first_block_case,
     full_steps_of,
     hold_case,
@@ -109,3 +111,16 @@ def test_standard_cases_surround_the_adapter_and_leave_no_hook(probe, monkeypatc
 def test_reference_does_not_depend_on_the_batch(probe):
     together = reference_images(probe.driver, probe.inputs, probe.seeds, STEPS, 2)
     torch.testing.assert_close(together, probe.reference, rtol=0, atol=1e-4)
+
+
+def test_a_threshold_is_lowered_until_all_batches_execute_enough(probe):
+    """Of two batches that decide for themselves only the first is looked at while the threshold is searched."""
+    both = replace(probe, batches=[(probe.inputs, probe.seeds), ([3, 4], [7, 8])])
+
+    def make(threshold):
+        return first_block_case(probe.driver, threshold, STEPS)
+
+    target = 24
+    alone, found = cheapest_threshold(make, probe, target), cheapest_threshold(make, both, target)
+    assert both.executed(alone) < target <= both.executed(found)
+    assert enough_everywhere(make, both, LAYERS * STEPS + 1, 0.1) is None

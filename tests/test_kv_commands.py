@@ -36,7 +36,7 @@ def report_of(run: Path, **changes: Any) -> dict[str, Any]:
         "evaluation.inputs=2",
         "evaluation.batch_size=2",
         "evaluation.new_tokens=2",
-        "evaluation.timing_context=48",
+        "evaluation.timing_context=[48,640]",
     ]
     text = f"evaluation.prompts={run.parents[1] / 'text'}"
     assert evaluate.main([f"adapter={run / 'adapter'}", "device=cpu", text, *small, *settings]) == 0
@@ -55,9 +55,18 @@ def test_a_locret_adapter_is_measured_against_every_untrained_selector(runs: dic
         per_unit = rows[name]["work"]["cache_bytes"] / (96 * share)
         assert 2 * 2 * 2 * 8 * 4 <= per_unit <= 2 * 2 * (2 * 8 + 1) * 4
         assert all(math.isfinite(value) for value in rows[name]["quality"].values())
-    chunks = report["in_chunks"]
-    assert chunks["chunk"] == 64 and chunks["Locret, 0.25"]["peak_units"] == 64
+    chunks = report["contexts"]["in chunks"]
+    assert chunks["chunk"] == 64 and chunks["cases"]["Locret, 0.25"]["peak_units"] == 64
+    assert chunks["cases"].keys() == rows.keys() and set(report["contexts"]) == {"in chunks"}
     assert report["verdict"]["metric"] == "perplexity" and len(report["verdict"]["rivals"]) == 6
+    for length, found in report["decoding"].items():
+        assert found.keys() == rows.keys() and found["full cache"]["cache_bytes"] == int(length) * 2 * 2 * 2 * 8 * 4
+        eighth = found["Locret, 0.125"]["cache_bytes"] / found["full cache"]["cache_bytes"]
+        assert eighth == pytest.approx(17 / 16 / 8) and found["Locret, 0.125"]["tokens_per_s"] > 0
+    assert list(report["decoding"]) == ["48", "640"] and report["timing_context"] == 48
+    assert report["decoding"]["48"]["random, 0.25"]["speedup"] == rows["random, 0.25"]["speedup"]
+    text = (runs["locret"] / "report.md").read_text()
+    assert "Perplexity where contexts are read in other ways" in text and "| 48 tokens | 640 tokens |" in text
     assert (runs["locret"] / "report.png").is_file()
     assert "0.0625" in (runs["locret"] / "adapter" / "README.md").read_text()
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +14,26 @@ import torch
 from torch import Tensor
 
 from data.contexts import AnsweredPrompts, TextWindows
-from data.needle import ASK, KEYS, MARKERS, NOISE, VALUES, Needles, copy_rows, needle_rows
+from data.needle import ASK, ASKED_KEYS, KEYS, MARKERS, NOISE, VALUES, Needles, copy_rows, needle_rows
 from data.text import IGNORED, TokenDocument, TokenStream
 from modules.kv_host import CachePolicy, attach_cache, attention_sites
 from modules.language_models import load_model
-from modules.locret import LocretConfig, LocretSelector, RetainingHeads, causal_importance, features_and_labels
-from modules.token_selectors import Random
+from modules.locret import (
+    LocretConfig,
+    LocretHandle,
+    LocretSelector,
+    RetainingHeads,
+    causal_importance,
+    features_and_labels,
+    features_while_evicting,
+)
+from modules.token_selectors import ExpectedAttention, Random
 from tests.tiny_kv import save_tiny, tiny_recipe
 from tests.tiny_kv_models import CONFIGS, some_ids, tiny_model
 from trainers.contexts import held_out_rows
 from trainers.kv_cases import CacheCase, baseline_case, quality_of
 from trainers.kv_rivals import HandleReader
+from trainers.locret.evaluation import own_cases
 from trainers.locret.task import overlap, retaining_loss
 from trainers.recipes import compose_recipe
 from trainers.run_folder import RunFolder
@@ -118,6 +129,32 @@ def test_a_question_that_is_read_first_changes_features_but_not_which_tokens_are
     assert not torch.allclose(asked[1][0], plain[1][0], atol=1e-3)
 
 
+def test_features_while_evicting_are_the_plain_ones_until_something_is_gone() -> None:
+    model, ids = tiny_model(), some_ids(2, 40)
+    heads, plain = heads_for(model), [f for f, _ in features_and_labels(model, attention_sites(model), ids, 36)]
+    for budget in (40, 6):
+        policy = CachePolicy(budget=budget, chunk=8, stabilizers=2, local=5)
+        found = features_while_evicting(model, heads, policy, ids[:, :36])
+        torch.testing.assert_close(found[0], plain[0], rtol=0, atol=1e-5)  # the first layer reads embeddings only
+        torch.testing.assert_close(found[1][:, :8], plain[1][:, :8], rtol=0, atol=1e-5)
+        assert torch.allclose(found[1], plain[1], rtol=0, atol=1e-5) == (budget == 40)
+    assert model.config._attn_implementation == "sdpa" and "generate" not in vars(model)
+
+
+def test_heads_learn_from_what_they_will_find(tmp_path: Path) -> None:
+    name = save_tiny(tmp_path)
+    losses = []
+    for evicting in ("false", "true"):
+        task = build_task(tiny_recipe("locret", name, objective__evicting=evicting))
+        loss = task.training_step(next(iter(task.train_dataloader())), 0)
+        loss.backward()
+        assert all(parameter.grad is not None for parameter in task.learned.parameters())
+        losses.append(loss.item())
+    assert losses[0] != losses[1]
+    with pytest.raises(ValueError, match="leave one of them out"):
+        tiny_recipe("locret", name, objective__evicting="true", module__query_aware="true")
+
+
 def test_the_loss_weighs_its_parts_as_the_paper_says() -> None:
     labels = [torch.zeros(1, 4, 2), torch.zeros(1, 4, 2)]
     flat = [torch.full((1, 4, 2), 0.5), torch.full((1, 4, 2), 2.0)]
@@ -202,6 +239,19 @@ def test_the_papers_schedule_falls_along_a_line(tmp_path: Path) -> None:
     assert rates == pytest.approx([0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0])
 
 
+def test_what_reads_the_question_first_is_measured_so() -> None:
+    model, ids = tiny_model(), some_ids(1, 48)
+    heads = heads_for(model)
+    for first in (False, True):
+        policy = asdict(CachePolicy(budget=9, local=5, query_first=first))
+        heads.config = replace(heads.config, policy=policy)
+        with own_cases(partial(LocretHandle, model, heads), {})[0].enter(48) as reader:
+            cache = reader.read(ids, None)
+        # A sixteenth of the context, and the question on top where there is one.
+        assert cache.units() == [3 + 5 * first] * 2 and cache.get_seq_length() == 48
+        assert cache.setting.policy.query_first == first
+
+
 # Data.
 
 
@@ -226,6 +276,38 @@ def test_needles_can_be_answered_from_their_context_alone() -> None:
     assert not torch.equal(source.rows(torch.tensor([5])).input_ids, source.rows(torch.tensor([6])).input_ids)
     lengths = {Needles(64, shortest=60).rows(torch.tensor([number])).context for number in range(60)}
     assert lengths == {60, 61, 62, 63, 64}
+
+
+def test_decoys_look_like_needles_and_are_never_asked_for() -> None:
+    rows = needle_rows(16, 120, torch.Generator().manual_seed(0), needles=6, questions=6, decoys=20, style="shifted")
+    before: list[int] = []
+    for ids, labels in zip(rows.input_ids.tolist(), rows.labels.tolist(), strict=True):
+        places = [place for place in range(120) if ids[place] in MARKERS]
+        assert len(places) == 26 and all(ids[p + 1] in KEYS and ids[p + 2] in VALUES for p in places)
+        needles = [place for place in places if ids[place + 1] in ASKED_KEYS]
+        pairs = {ids[place + 1]: ids[place + 2] for place in needles}
+        asked = [ids[120 + 3 * i : 123 + 3 * i] for i in range(6)]
+        assert len(pairs) == 6 and {key: value for _, key, value in asked} == pairs
+        assert labels[122::3] == [value for _, _, value in asked]
+        before.append(places.index(needles[0]))
+    assert len(set(before)) > 3  # needles lie anywhere among the decoys
+    with pytest.raises(ValueError, match="give 1 to 16 needles"):
+        needle_rows(1, 200, torch.Generator(), needles=20, decoys=1)
+    with pytest.raises(ValueError, match="8 needles in 60 tokens, and 13 decoys"):
+        Needles(64, shortest=60, decoys=13, fewest=0)  # at once, not when a batch draws them
+    drawn = [Needles(64, 4, 4, decoys=3, fewest=0).rows(torch.tensor([n])).input_ids[0] for n in range(60)]
+    assert {sum(token in MARKERS for token in ids.tolist()) - 4 for ids in drawn} == {0, 1, 2, 3}
+
+
+def test_contexts_may_end_with_their_questions() -> None:
+    settings = {"needles": 5, "questions": 2}
+    plain, known = (
+        needle_rows(4, 60, torch.Generator().manual_seed(0), known=known, **settings) for known in (False, True)
+    )
+    assert known.context == 64 and torch.equal(known.input_ids[:, :60], plain.input_ids[:, :60])
+    assert torch.equal(known.input_ids[:, 64:], plain.input_ids[:, 60:])
+    assert torch.equal(known.input_ids[:, 60:64], plain.input_ids[:, [60, 61, 63, 64]])
+    assert torch.equal(known.labels[:, 64:], plain.labels[:, 60:]) and bool((known.labels[:, :64] == IGNORED).all())
 
 
 def test_copies_come_at_every_distance() -> None:
@@ -266,14 +348,20 @@ def test_trained_heads_keep_what_will_be_asked_for(tmp_path: Path) -> None:
     trained = accuracy(model, LocretSelector(task.learned), rows)
     assert full > 0.95 and trained >= full - 0.05
     assert trained >= accuracy(model, Random(), rows) + 0.5 and trained >= untrained + 0.3
+    decoys = held_out_rows("needle", tokenizer, 512, 32, 16, decoys=56)
+    known, unknown = (
+        accuracy(model, selector, decoys, 32, 64)
+        for selector in (LocretSelector(task.learned), ExpectedAttention(model))
+    )
+    assert known >= unknown + 0.1
 
 
-def accuracy(model: Any, selector: Any, rows: Any) -> float:
-    """Where an eighth of the tokens is kept."""
+def accuracy(model: Any, selector: Any, rows: Any, budget: int = 64, chunk: int | None = None) -> float:
+    """Where so many units are kept of contexts that are read at once, or so many tokens at a time."""
 
     @contextmanager
     def enter(context: int) -> Iterator[Any]:
-        with attach_cache(model, selector=selector, policy=CachePolicy(budget=context // 8)) as handle:
+        with attach_cache(model, selector=selector, policy=CachePolicy(budget=budget, stabilizers=2)) as handle:
             yield HandleReader(handle)
 
-    return quality_of(model, CacheCase(name="", kind="adapter", enter=enter), rows).accuracy
+    return quality_of(model, CacheCase(name="", kind="adapter", enter=enter), rows, chunk).accuracy

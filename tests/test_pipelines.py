@@ -146,7 +146,7 @@ def test_a_folder_without_a_pipeline_is_refused(tmp_path: Path) -> None:
 
 def test_a_pipeline_that_nobody_drives_is_refused() -> None:
     pipe = DDIMPipeline(unet=None, scheduler=DPMSolverMultistepScheduler())
-    with pytest.raises(ValueError, match="the pipeline is a DDIMPipeline, and only DiTPipeline, PixArtAlphaPipeline"):
+    with pytest.raises(ValueError, match="the pipeline is a DDIMPipeline, and only DiTPipeline, FluxPipeline, PixArtA"):
         driver(pipe)
 
 

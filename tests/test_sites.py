@@ -43,7 +43,7 @@ def test_every_block_matters_in_the_tiny_models(kind: str) -> None:
 def test_targets_without_a_supported_transformer_are_refused() -> None:
     with pytest.raises(TypeError, match="a Tensor has no transformer: give a diffusers pipeline or a DiTTransformer"):
         find_transformer(torch.zeros(1))
-    with pytest.raises(ValueError, match="a Linear is not supported: modules attach to DiTTransformer2DModel and Pix"):
+    with pytest.raises(ValueError, match="a Linear is not supported: modules attach to DiTTransformer2DModel, Flux"):
         find_transformer(nn.Linear(1, 1))
     with pytest.raises(ValueError, match="a Linear has no attn1, attn2 or ff"):
         submodules(nn.Linear(1, 1))

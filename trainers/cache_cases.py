@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,23 @@ from checkpoints.manifest import check_valid_for, read_manifest
 from data.inputs import accuracy_of, held_out_inputs
 from data.stepped import derive_seed
 from modules.contracts import Predictor
-from modules.learned_cache import CacheHandle
+from modules.harmonica import predictor_of
+from modules.learned_cache import CacheHandle, OperatingPoint
 from modules.pipelines import DiffusionDriver
 from modules.reuse import Hold, StepTable, Taylor
 from modules.sites import block_stack
+from trainers.cache_dit_cases import MISSING, dbcache_cases, installed
 from trainers.config import EvaluateConfig
-from trainers.diffusion_cases import Probe, plain_case, reference_images, reuse_case, rivals_at
+from trainers.diffusion_cases import (
+    Probe,
+    Rivals,
+    batches_of,
+    held_units,
+    plain_case,
+    reference_images,
+    reuse_case,
+    rivals_at,
+)
 from trainers.evaluation import IMAGE_QUALITY, EvaluationSetup
 from trainers.report import QualityFn
 from trainers.rows import Case
@@ -45,13 +58,19 @@ def cache_setup(driver: DiffusionDriver, adapter: Path, config: EvaluateConfig) 
     steps, guidance = len(manifest.module["timesteps"]), {"guidance_scale": manifest.module["guidance"]}
     reference = reference_images(driver, inputs, seeds, steps, settings.batch_size, **guidance)
     timed = min(settings.timing_batch, len(inputs))
-    probe = Probe(driver=driver, inputs=inputs[:timed], seeds=seeds[:timed], reference=reference[:timed])
+    probe = Probe(
+        driver=driver,
+        inputs=inputs[:timed],
+        seeds=seeds[:timed],
+        reference=reference[:timed],
+        batches=batches_of(inputs, seeds, settings.batch_size),
+    )
 
     def attach() -> CacheHandle:
         handle: CacheHandle = method_module(manifest.method).attach(driver.pipe, manifest, tensors)
         return handle
 
-    cases = learned_cache_cases(manifest.method, attach, probe, steps, **guidance)
+    cases = learned_cache_cases(manifest.method, attach, probe, steps, settings.rivals, **guidance)
     quality: dict[str, QualityFn] = dict(IMAGE_QUALITY)
     if (accuracy := accuracy_of(name)) is not None:
         quality["accuracy"] = lambda images, _, asked: accuracy(images, list(asked))
@@ -63,55 +82,52 @@ def cache_setup(driver: DiffusionDriver, adapter: Path, config: EvaluateConfig) 
         reference_text=f"{steps} steps of {type(driver.pipe.scheduler).__name__} from the same noise",
         quality=quality,
         timing_batch=timed,
+        left_out=[] if installed() or settings.rivals != "all" else [MISSING],
     )
 
 
 def learned_cache_cases(
-    name: str, attach: Callable[[], CacheHandle], probe: Probe, steps: int, **call: Any
+    name: str, attach: Callable[[], CacheHandle], probe: Probe, steps: int, rivals: Rivals = "all", **call: Any
 ) -> list[Case]:
     """Baseline, the adapter at each operating point (the one it attaches with first), and the rivals of each.
 
-    The untrained members of its family at its own table tell what the table and what the forecast is worth.
+    The untrained members of its family at each point's own table tell what the table and what the forecast is worth.
     """
     with attach() as handle:
         first, granularity = handle.points[handle.default], handle.granularity
-        shares = sorted(handle.shares, key=lambda share: (share != first.compute, -share))
+        points = sorted(handle.points, key=lambda point: (point.compute != first.compute, -point.compute))
     baseline = plain_case(steps, kind="baseline", **call)
-    per_step = round(probe.run(baseline)[0] / steps)
     # Points that differ by less than a percent are one row.
-    titles: dict[str, float] = {}
-    for share in shares:
-        titles.setdefault(f"{name} {share:.0%}", share)
-    own = [point_case(title, attach, share) for title, share in titles.items()]
-    rivals: dict[str, Case] = {}
-    schedule = _dp_schedules(probe, steps, call)
+    titles: dict[str, OperatingPoint] = {}
+    for point in points:
+        titles.setdefault(f"{point.compute:.0%}", point)
+    own = [point_case(f"{name} {title}", attach, point.compute) for title, point in titles.items()]
+    if rivals == "none":
+        return [baseline, *own]
+    family = []
+    for (title, point), (op, reuse) in product(titles.items(), _FAMILY.items()):
+        if reuse != own_op(first.predictor()):
+            make = partial(_members, point.table, predictor_of(op, granularity=granularity))
+            named = (f"its own table at {title}, {reuse}", f"its own table, {reuse}")
+            family.append(reuse_case(probe.driver, *named, make, granularity, steps, kind="peer", **call))
+    if rivals == "family":
+        return [baseline, *own, *family]
+    found: dict[str, Case] = {}
+    per_step, schedule = round(probe.run(baseline)[0] / steps), _dp_schedules(probe, steps, call)
     for case in own:
         work = probe.run(case)[0]
-        found = rivals_at(work, probe, per_step, steps, **call)
-        found.append(dp_case(probe.driver, schedule, work / per_step, **call))
-        rivals.update({rival.name: rival for rival in found})
-    family = [
-        reuse_case(
-            probe.driver,
-            f"its own table, {op}",
-            "",
-            lambda make=make: (StepTable(first.table), make()),  # type: ignore[misc]
-            granularity,
-            steps,
-            kind="peer",
-            **call,
-        )
-        for op, make in _FAMILY.items()
-        if op != own_op(first.predictor())
-    ]
-    return [baseline, *own, *family, *rivals.values()]
+        beside = rivals_at(work, probe, per_step, steps, **call)
+        beside.append(dp_case(probe.driver, schedule, work / per_step, **call))
+        beside += dbcache_cases(probe, work, steps, **call) if installed() else []
+        found.update({rival.name: rival for rival in beside})
+    return [baseline, *own, *family, *found.values()]
 
 
-_FAMILY: dict[str, Callable[[], Predictor]] = {
-    "hold": Hold,
-    "Taylor 1": lambda: Taylor(1),
-    "Taylor 2": lambda: Taylor(2),
-}
+def _members(table: Tensor, make: Callable[[], Predictor]) -> tuple[StepTable, Predictor]:
+    return StepTable(table), make()
+
+
+_FAMILY = {"hold": "hold", "taylor1": "Taylor 1", "taylor2": "Taylor 2"}
 
 
 def own_op(predictor: Predictor) -> str:
@@ -166,12 +182,13 @@ def dp_segments(distances: Tensor, count: int) -> list[int]:
 def _dp_schedules(probe: Probe, steps: int, call: dict[str, Any]) -> Tensor:
     """Distances [T, T] between the last block's outputs over the steps of a full run, on the first probe inputs."""
     driver, features = probe.driver, list[Tensor]()
-    block = block_stack(driver.transformer).blocks[-1]
+    stack = block_stack(driver.transformer)
+    streams = stack.streams(len(stack) - 1)
 
     def keep(module: Any, args: Any, output: Any) -> None:
-        features.append((output if isinstance(output, Tensor) else output[0]).detach().float())
+        features.append(streams.unpack(output)[0].detach().float())
 
-    remover = block.register_forward_hook(keep)
+    remover = stack.blocks[-1].register_forward_hook(keep)
     try:
         inputs, seeds = list(probe.inputs[:_DP_INPUTS]), list(probe.seeds[:_DP_INPUTS])
         driver.generate(inputs, seeds, num_inference_steps=steps, **call)
@@ -185,9 +202,10 @@ def dp_case(driver: DiffusionDriver, distances: Tensor, computed: float, **call:
     steps = len(distances)
     count = min(steps, max(1, math.ceil(computed - 1e-9)))
     table = [step in set(dp_segments(distances, count)) for step in range(steps)]
+    granularity, held = held_units(driver)
 
     def members() -> tuple[StepTable, Predictor]:
-        return StepTable(table), Hold()
+        return StepTable(table), held()
 
     name = f"DP schedule, {count} of {steps}"
-    return reuse_case(driver, name, "DP schedule", members, "submodule", steps, **call)
+    return reuse_case(driver, name, "DP schedule", members, granularity, steps, **call)

@@ -36,10 +36,8 @@ def load_driver(recipe: RecipeBase) -> DiffusionDriver:
 
 def sampling_of(running: DiffusionDriver, steps: int, guidance: float) -> Sampling:
     """The pipeline's own sampler at `steps` steps."""
-    scheduler = type(running.pipe.scheduler).from_config(running.pipe.scheduler.config)
-    scheduler.set_timesteps(steps)
     return Sampling(
-        timesteps=[int(t) for t in scheduler.timesteps.tolist()],
+        timesteps=[int(t) for t in running.sampler(steps).timesteps.tolist()],
         guidance=guidance,
         sampler=sampler_entry(running.pipe.scheduler, True),
         call=running.call,

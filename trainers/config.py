@@ -177,11 +177,24 @@ class Evaluation(Section):
         description="adapter folder or Hub id of the other learned KV cache (locret, matryoshka_kv), to be measured "
         "together with this one",
     )
-    timing_context: PositiveInt = Field(
-        default=8192, description="tokens that a learned KV cache holds while its decoding is timed"
+    timing_context: PositiveInt | Annotated[list[PositiveInt], Field(min_length=1)] = Field(
+        default=8192,
+        description="tokens of the context behind which a learned KV cache decodes while it is timed, or a list of "
+        "such lengths: reading is timed, and memory taken, at the first",
+    )
+    rivals: Literal["all", "family", "none"] = Field(
+        default="all",
+        description="diffusion: what is measured beside baseline and adapter: untrained members, peers and fewer "
+        "steps; only what its own table, or solver, does without the rest of what it learned; or nothing, which is "
+        "enough for a further training seed beside a report that has the others",
     )
     repeats: int = Field(default=5, ge=5, description="paired timing rounds, each with every row once")
     seed: int = Field(default=1234, description="seed of the held-out inputs and of their noise")
+
+    @property
+    def timing_contexts(self) -> list[int]:
+        """Every length, one or more."""
+        return self.timing_context if isinstance(self.timing_context, list) else [self.timing_context]
 
 
 class RecipeBase(Section):
@@ -278,7 +291,10 @@ class PublishConfig(Section):
 class ConvertConfig(Section):
     """`python -m trainers.convert`: make an adapter of what somebody else trained."""
 
-    source: Text = Field(description="folder or Hub id with the trained module, in safetensors")
+    source: Text = Field(
+        description="medusa: folder or Hub id with the heads, in safetensors; harmonica: file of Learning-to-Cache's "
+        "released routers"
+    )
     revision: Text | None = Field(default=None, description="Hub commit or tag of the source; null takes the newest")
     method: str = Field(default="medusa", description="what it is")
     backbone: Backbone = Field(description="the model that it was trained on")

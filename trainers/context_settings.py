@@ -34,6 +34,17 @@ class ContextData(Section):
     batch_size: PositiveInt = Field(default=8, description="rows per update and device")
     needles: PositiveInt = Field(default=8, description="needles in a row")
     questions: PositiveInt = Field(default=8, description="questions behind it")
+    decoys: int = Field(
+        default=0,
+        ge=0,
+        description="of needle: needles that nobody asks for; every batch draws from none to so many. In rows that "
+        "have some, only half of the keys are ever asked for",
+    )
+    known: bool = Field(
+        default=False,
+        description="of needle: contexts end with the questions, 2 tokens each, for what reads them first "
+        "(module.query_aware)",
+    )
 
     @model_validator(mode="after")
     def _pairs_come_alone(self) -> ContextData:
@@ -41,6 +52,8 @@ class ContextData(Section):
             raise ValueError("kind pairs has prompts of different lengths: set batch_size to 1")
         if self.shortest is not None and (self.kind != "needle" or self.shortest > self.length):
             raise ValueError("shortest is for kind needle, and at most length: leave it out, or lower it")
+        if self.kind != NEEDLE and (self.decoys or self.known):
+            raise ValueError("decoys and known are for kind needle: leave them out")
         if self.questions > self.needles:
             raise ValueError(f"{self.questions} questions ask for different ones of {self.needles} needles: ask fewer")
         return self

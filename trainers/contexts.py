@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from data.contexts import AnsweredPrompts, ContextRows, ContextSource, TextWindows
-from data.needle import VOCABULARY, Needles, Style
+from data.needle import VOCABULARY, Needles
 from data.records import Record, held_out_records, tokenize, training_records
 from data.text import TokenStream
 from trainers.context_settings import NEEDLE, ContextData
@@ -23,7 +23,9 @@ def training_source(data: ContextData, model: Any, tokenizer: PreTrainedTokenize
     """
     if data.kind == NEEDLE:
         check_needles(model)
-        return Needles(data.length, data.needles, data.questions, shortest=data.shortest)
+        fewest = 0 if data.decoys else None
+        more = {"shortest": data.shortest, "decoys": data.decoys, "fewest": fewest, "known": data.known}
+        return Needles(data.length, data.needles, data.questions, **more)
     records = training_records(data.path)
     if data.kind == "pairs":
         return AnsweredPrompts.of(records, tokenizer, data.length)
@@ -37,12 +39,12 @@ def held_out_rows(
 
     Args:
         source: `needle`, or where text comes from.
-        needles: of `needle`: `seed` and `style`.
+        needles: of `needle`: `seed`, and fields of `data.needle.Needles`.
     """
     made: ContextSource
     if source == NEEDLE:
-        style: Style = needles.get("style", "plain")
-        made = Needles(context, style=style, name=f"held out {needles.get('seed', 0)}", count=count)
+        seed = needles.pop("seed", 0)
+        made = Needles(context, name=f"held out {seed}", count=count, **needles)
     else:
         made = TextWindows(_stream(held_out_records(source), tokenizer), context, context // 3)
     index = torch.arange(min(count, len(made)))

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from trainers.config import ConvertConfig
 from trainers.recipes import exit_on_error, plain_command
 
-USAGE = """usage: python -m trainers.convert source=<folder or Hub id> backbone.name=... output=<folder> [key=value ...]
+USAGE = """usage: python -m trainers.convert source=<folder, file or Hub id> backbone.name=... output=<folder> [...]
 
-Reads what somebody else trained (medusa: the layouts of the reference, TGI and vLLM, in safetensors), calibrates it on
-the backbone's own decode, and writes an adapter.  --print shows the resolved settings and exits."""
+Reads what somebody else trained and writes an adapter.  method=medusa: heads in the layouts of the reference, TGI and
+vLLM, in safetensors, calibrated on the backbone's own decode.  method=harmonica: Learning-to-Cache's released routers.
+--print shows the resolved settings and exits."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +20,14 @@ from modules.contracts import Granularity, Handle, Predictor, Selector
 from modules.diffusion_host import WorkCounter, attach_reuse
 from modules.pipelines import DiffusionDriver
 from modules.reuse import Delta, EveryN, FirstBlockTest, Hold, Taylor
+from modules.sites import finest_granularity
 from trainers.image_quality import psnr_db
 from trainers.rows import Case, Kind
 
+Rivals = Literal["all", "family", "none"]
 _INTERVALS, _WARMUPS = range(2, 7), range(1, 9)
 _BISECTIONS = 12
+_LOWEST, _LOWERED = 1e-4, 0.85
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +36,14 @@ class Probe:
 
     Attributes:
         reference: [N, C, H, W] in -1..1, the reference images of these inputs.
+        batches: all inputs that quality is measured on, and their seeds, in the batches of that measurement.
     """
 
     driver: DiffusionDriver
     inputs: Sequence[Any]
     seeds: Sequence[int]
     reference: Tensor
+    batches: Sequence[tuple[Sequence[Any], Sequence[int]]] = ()
 
     def run(self, case: Case) -> tuple[float, float]:
         """Executed blocks per image, and PSNR in dB to the reference."""
@@ -47,6 +52,13 @@ class Probe:
                 counter.also(module)
             images = self.driver.generate(list(self.inputs), list(self.seeds), **call)
         return counter.blocks, psnr_db(images.cpu(), self.reference)
+
+    def executed(self, case: Case) -> float:
+        """Executed blocks per image over all batches, which is the work that the report will hold."""
+        with case.enter() as call, WorkCounter(self.driver.transformer) as counter:
+            for inputs, seeds in self.batches:
+                self.driver.generate(list(inputs), list(seeds), **call)
+        return counter.blocks / len(self.batches)
 
 
 def _entering(**call: Any) -> Callable[[], AbstractContextManager[dict[str, Any]]]:
@@ -107,19 +119,27 @@ def reuse_case(
 
 
 def hold_case(driver: DiffusionDriver, interval: int, warmup: int, steps: int, **call: Any) -> Case:
-    """Every `interval`-th step in full, attention and feed-forward outputs held in between."""
-    name = f"hold every {interval}, warm-up {warmup}"
-    return reuse_case(driver, name, "hold", lambda: (EveryN(interval, warmup), Hold()), "submodule", steps, **call)
+    """Every `interval`-th step in full, attention and feed-forward outputs (see `held_units`) held in between."""
+    name, (granularity, hold) = f"hold every {interval}, warm-up {warmup}", held_units(driver)
+    return reuse_case(driver, name, "hold", lambda: (EveryN(interval, warmup), hold()), granularity, steps, **call)
+
+
+def held_units(driver: DiffusionDriver) -> tuple[Granularity, type[Hold]]:
+    """The finest units of a backbone, and what holds them: outputs of sub-modules, residuals of whole blocks."""
+    granularity = finest_granularity(driver.transformer)
+    return granularity, Hold if granularity == "submodule" else Delta
 
 
 def taylor_case(driver: DiffusionDriver, interval: int, warmup: int, steps: int, order: int = 1, **call: Any) -> Case:
     """TaylorSeer (arXiv:2503.06923): as `hold_case`, but extrapolated, in the paper's form."""
     name = f"TaylorSeer every {interval}, warm-up {warmup}, order {order}"
+    granularity, held = held_units(driver)
 
     def members() -> tuple[Selector, Predictor]:
-        return EveryN(interval, warmup), Taylor(order, form="taylor")
+        feature: Literal["output", "residual"] = "residual" if held is Delta else "output"
+        return EveryN(interval, warmup), Taylor(order, form="taylor", feature=feature)
 
-    return reuse_case(driver, name, "TaylorSeer", members, "submodule", steps, **call)
+    return reuse_case(driver, name, "TaylorSeer", members, granularity, steps, **call)
 
 
 def first_block_case(driver: DiffusionDriver, threshold: float, steps: int, **call: Any) -> Case:
@@ -161,17 +181,34 @@ def cheapest_schedule(
 
 
 def cheapest_threshold(make: Callable[[float], Case], probe: Probe, target_blocks: float) -> Case | None:
-    """The case with the largest threshold (by bisection) that still executes `target_blocks`; None if none does."""
-    low, high = 1e-4, 10.0
-    best = None
+    """The case with the largest threshold (by bisection) that still executes `target_blocks`; None if none does.
+
+    What is decided by looking at a batch is decided anew in every batch, so the threshold is then lowered until all
+    batches of the evaluation together execute that much.
+    """
+    threshold = largest_threshold(make, probe, target_blocks)
+    return None if threshold is None else enough_everywhere(make, probe, target_blocks, threshold)
+
+
+def largest_threshold(make: Callable[[float], Case], probe: Probe, target_blocks: float) -> float | None:
+    """The largest threshold that executes `target_blocks` on the probe's few inputs; None if none does."""
+    low, high = _LOWEST, 10.0
     for _ in range(_BISECTIONS):
         threshold = math.sqrt(low * high)
+        low, high = (threshold, high) if probe.run(make(threshold))[0] >= target_blocks else (low, threshold)
+    return low if low > _LOWEST else None
+
+
+def enough_everywhere(
+    make: Callable[[float], Case], probe: Probe, target_blocks: float, threshold: float
+) -> Case | None:
+    """The first case of falling thresholds that executes `target_blocks` over the whole evaluation."""
+    while threshold > _LOWEST:
         case = make(threshold)
-        if probe.run(case)[0] >= target_blocks:
-            best, low = case, threshold
-        else:
-            high = threshold
-    return best
+        if not probe.batches or probe.executed(case) >= target_blocks:
+            return case
+        threshold *= _LOWERED
+    return None
 
 
 def neighbouring_steps(target_blocks: float, blocks_per_step: int, full_steps: int) -> list[int]:
@@ -183,14 +220,19 @@ def neighbouring_steps(target_blocks: float, blocks_per_step: int, full_steps: i
     return [steps for steps in (enough - 1, enough, enough + 1) if 1 <= steps < full_steps]
 
 
-def standard_cases(adapter: Case, probe: Probe, *, full_steps: int = 20, **call: Any) -> list[Case]:
+def standard_cases(
+    adapter: Case, probe: Probe, *, full_steps: int = 20, rivals: Rivals = "all", **call: Any
+) -> list[Case]:
     """Baseline, adapter, and the rivals at about its work.
 
     Args:
+        rivals: anything but "all" leaves them out.
         full_steps: sampler steps of the baseline and of the untrained members.
         call: goes to every call but the adapter's (guidance_scale ...).
     """
     baseline = plain_case(full_steps, kind="baseline", **call)
+    if rivals != "all":
+        return [baseline, adapter]
     per_step = round(probe.run(baseline)[0] / full_steps)
     return [baseline, adapter, *rivals_at(probe.run(adapter)[0], probe, per_step, full_steps, **call)]
 
@@ -219,7 +261,14 @@ def reference_images(
     driver: DiffusionDriver, inputs: Sequence[Any], seeds: Sequence[int], steps: int, batch_size: int, **call: Any
 ) -> Tensor:
     """Images of the plain sampler at many steps, [N, C, H, W] in -1..1 on the CPU."""
-    starts = range(0, len(inputs), batch_size)
-    batches = [slice(start, start + batch_size) for start in starts]
     call = {"num_inference_steps": steps, **call}
-    return torch.cat([driver.generate(list(inputs[b]), list(seeds[b]), **call).float().cpu() for b in batches])
+    batches = batches_of(inputs, seeds, batch_size)
+    return torch.cat([driver.generate(list(some), list(own), **call).float().cpu() for some, own in batches])
+
+
+def batches_of(
+    inputs: Sequence[Any], seeds: Sequence[int], batch_size: int
+) -> list[tuple[Sequence[Any], Sequence[int]]]:
+    """Inputs and seeds in the batches that quality is measured in."""
+    starts = range(0, len(inputs), batch_size)
+    return [(inputs[start : start + batch_size], seeds[start : start + batch_size]) for start in starts]

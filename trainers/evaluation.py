@@ -76,6 +76,7 @@ class EvaluationSetup:
         reference_text: what the reference is, in words, for the report.
         quality: by metric.
         timing_batch: images per timed call.
+        left_out: what is not measured and why, a sentence each, for the report.
     """
 
     cases: Sequence[Case]
@@ -85,6 +86,7 @@ class EvaluationSetup:
     reference_text: str
     quality: Mapping[str, QualityFn]
     timing_batch: int
+    left_out: Sequence[str] = ()
 
 
 IMAGE_QUALITY: dict[str, QualityFn] = {
@@ -141,6 +143,7 @@ def measure_pipeline(setup_of: Callable[..., EvaluationSetup], request: Request)
         "batch_size": settings.batch_size,
         "timing_batch": setup.timing_batch,
         "reference": setup.reference_text,
+        "left_out": list(setup.left_out),
     }
     return Measured(rows=rows, verdict=equal_latency_verdict(rows), facts=facts)
 

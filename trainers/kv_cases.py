@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from data.contexts import ContextRows
 from data.stepped import step_generator
 from data.text import IGNORED
 from modules.kv_host import KVCache
+from modules.kv_host.cache import repeated
 from trainers.config import Evaluation
 from trainers.rows import Kind, Row
 from trainers.timing import Timing, alternate, peak_memory
@@ -34,6 +36,7 @@ class Reader(Protocol):
 
 
 TIMED_CHUNK = 1024
+_FEW = 256  # tokens that are really read before a cache is filled up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,10 +73,21 @@ class Kept:
 
 
 @torch.no_grad()
-def quality_of(model: Any, case: CacheCase, batches: Sequence[ContextRows], chunk: int | None = None) -> Kept:
-    """Reads every context, cuts it down, and predicts what follows from what is left."""
+def quality_of(
+    model: Any,
+    case: CacheCase,
+    batches: Sequence[ContextRows],
+    chunk: int | None = None,
+    budget_of: int | None = None,
+) -> Kept:
+    """Reads every context, cuts it down, and predicts what follows from what is left.
+
+    Args:
+        chunk: tokens that are read at a time; None takes a context at once.
+        budget_of: length whose share is kept, where that is not the contexts' own.
+    """
     nats, hits, count, units, size, rows, peak = 0.0, 0, 0, 0.0, 0, 0, 0
-    with case.enter(batches[0].context) as reader:
+    with case.enter(budget_of or batches[0].context) as reader:
         for batch in batches:
             ids = batch.input_ids.to(model.device)
             cache = reader.read(ids[:, : batch.context], chunk)
@@ -108,34 +122,86 @@ def measure_cases(
     *,
     settings: Evaluation,
     notify: Callable[[str], None] = lambda _: None,
-) -> list[Row]:
+) -> tuple[list[Row], dict[str, dict[str, Any]]]:
     """Quality on held-out contexts, each read at once; time and peak memory on one long context of random tokens.
 
-    The rows' speedup is that of decoding: `new_tokens` calls of the model behind `timing_context` held or evicted
-    tokens, the cases alternating (`trainers.timing.alternate`).  Prefill is timed of the baseline and of adapters.
+    The rows' speedup is that of decoding: `new_tokens` calls of the model behind the first of `timing_contexts` held or
+    evicted tokens, the cases alternating (`trainers.timing.alternate`).  Prefill is timed of the baseline and of
+    adapters.
 
     Args:
         cases: the first one is the baseline.
-        settings: `timing_context`, `new_tokens`, `repeats` and `seed` are used.
+        settings: `timing_contexts`, `new_tokens`, `repeats` and `seed` are used.
+    Returns:
+        the rows, and by length and case what decoding takes behind every one of the contexts.
     """
     kept = {}
     for number, case in enumerate(cases, 1):
         notify(f"quality of {case.name} ({number}/{len(cases)})")
         kept[case.name] = quality_of(model, case, batches)
     generator = step_generator("timing", settings.seed)
-    vocabulary = int(model.config.vocab_size)
-    ids = torch.randint(2, vocabulary, (1, settings.timing_context), generator=generator).to(model.device)
-    notify(f"reading {settings.timing_context} tokens, {settings.repeats} rounds")
+    vocabulary, lengths = int(model.config.vocab_size), settings.timing_contexts
+    ids = torch.randint(2, vocabulary, (1, lengths[0]), generator=generator).to(model.device)
+    notify(f"reading {lengths[0]} tokens, {settings.repeats} rounds")
     timed = {"baseline": cases[0].name, "device": model.device, "rounds": settings.repeats, "seed": settings.seed}
     own = [case for case in cases if case.kind in ("baseline", "adapter")]
     prefill = alternate({case.name: _prefill(case, ids) for case in own}, **timed)
     memory = {case.name: _peak(case, ids, model.device) for case in cases}
-    notify(f"decoding {settings.new_tokens} tokens in {len(cases)} ways, {settings.repeats} rounds")
-    decode = alternate(decoding(model, cases, ids, settings.new_tokens), **timed)
-    return [
-        _row(case, kept[case.name], prefill.get(case.name), decode[case.name], memory[case.name], settings.new_tokens)
+    speeds, tokens = {}, settings.new_tokens
+    for length in lengths:
+        notify(f"decoding {tokens} tokens behind {length} in {len(cases)} ways, {settings.repeats} rounds")
+        prepared, sizes = decoding(model, cases, ids, length, tokens)
+        speeds[length] = {name: (timing, sizes[name]) for name, timing in alternate(prepared, **timed).items()}
+    rows = [
+        _row(case, kept[case.name], prefill.get(case.name), speeds[lengths[0]][case.name][0], memory[case.name], tokens)
         for case in cases
     ]
+    return rows, {
+        str(length): {name: _speed(timing, size, tokens) for name, (timing, size) in found.items()}
+        for length, found in speeds.items()
+    }
+
+
+def decoding(
+    model: Any, cases: Sequence[CacheCase], ids: Tensor, length: int, tokens: int
+) -> tuple[dict[str, Callable[[], AbstractContextManager[Callable[[], object]]]], dict[str, int]]:
+    """By case, what `trainers.timing.alternate` times, and the bytes that are held meanwhile.
+
+    Timed are `tokens` calls of the model behind what a case keeps of `length` tokens, see `filled_cache`.
+    """
+    caches = {}
+    for case in cases:
+        with case.enter(length) as reader:
+            caches[case.name] = filled_cache(reader, ids, length)
+    prepared = {case.name: _decode(model, case, caches[case.name], ids, length, tokens) for case in cases}
+    return prepared, {name: cache_bytes(cache) for name, cache in caches.items()}
+
+
+def filled_cache(reader: Reader, ids: Tensor, length: int) -> Any:
+    """A cache that holds as much as after reading `length` tokens, from a few that are read.
+
+    How long decoding takes, and what is held, depends on sizes and not on values; a full cache of a long text takes
+    minutes to read.
+    """
+    cache = reader.read(ids[:, : min(_FEW, length)], None)
+    if isinstance(cache, KVCache):
+        cache.stretch(length)
+        return cache
+    if any(type(layer) is not DynamicLayer for layer in cache.layers):  # a window's layers hold what they hold
+        again = ids[:, torch.arange(length, device=ids.device) % ids.shape[1]]
+        return reader.read(again, TIMED_CHUNK)
+    for layer in cache.layers:
+        layer.keys, layer.values = (repeated(states, length) for states in (layer.keys, layer.values))
+    return cache
+
+
+def _speed(timing: Timing, size: int, tokens: int) -> dict[str, Any]:
+    return {
+        "speedup": timing.speedup,
+        "speedup_range": list(timing.speedup_range),
+        "tokens_per_s": tokens / timing.latency_s,
+        "cache_bytes": size,
+    }
 
 
 def _row(case: CacheCase, kept: Kept, prefill: Timing | None, decode: Timing, memory: int, tokens: int) -> Row:
@@ -167,19 +233,8 @@ def _prefill(case: CacheCase, ids: Tensor) -> Callable[[], AbstractContextManage
     return prepare
 
 
-def decoding(
-    model: Any, cases: Sequence[CacheCase], ids: Tensor, tokens: int
-) -> dict[str, Callable[[], AbstractContextManager[Callable[[], object]]]]:
-    """By case, what `trainers.timing.alternate` times: `tokens` calls of the model behind what it keeps of `ids`."""
-    caches = {}
-    for case in cases:
-        with case.enter(ids.shape[1]) as reader:
-            caches[case.name] = reader.read(ids, TIMED_CHUNK)
-    return {case.name: _decode(model, case, caches[case.name], ids, tokens) for case in cases}
-
-
 def _decode(
-    model: Any, case: CacheCase, cache: Any, ids: Tensor, tokens: int
+    model: Any, case: CacheCase, cache: Any, ids: Tensor, length: int, tokens: int
 ) -> Callable[[], AbstractContextManager[Callable[[], object]]]:
     @torch.no_grad()
     def decode(own: Any) -> None:
@@ -189,7 +244,7 @@ def _decode(
 
     @contextmanager
     def prepare() -> Iterator[Callable[[], object]]:
-        with case.enter(ids.shape[1]) as reader:
+        with case.enter(length) as reader:
             own = reader.copied(cache)
             yield lambda: decode(own)
 

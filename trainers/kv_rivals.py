@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -15,9 +15,11 @@ from modules.token_selectors import ExpectedAttention, KeyDifference, KeyNorm, R
 from trainers.kv_cases import CacheCase, Reader
 
 SHARES = (1 / 16, 1 / 8, 1 / 4)
+STABILIZERS = 2
+"""A needle that a chunk's end cuts in two is lost by whoever gives up its first half."""
 
 
-def selector_cases(model: Any, shares: Sequence[float] = SHARES) -> list[CacheCase]:
+def selector_cases(model: Any) -> list[CacheCase]:
     """Every untrained selector that the backbone allows, at every share of the tokens."""
     makers: dict[str, Callable[[], TokenSelector]] = {
         "expected attention": partial(ExpectedAttention, model),
@@ -39,15 +41,21 @@ def selector_cases(model: Any, shares: Sequence[float] = SHARES) -> list[CacheCa
             group=name,
             share=share,
         )
-        for share in shares
+        for share in SHARES
         for name, make in makers.items()
     ]
 
 
 @contextmanager
 def _selected(model: Any, make: Callable[[], TokenSelector], share: float, context: int) -> Iterator[Reader]:
-    with attach_cache(model, selector=make(), policy=CachePolicy(budget=budget_of(share, context))) as handle:
+    with attach_cache(model, selector=make(), policy=CachePolicy(**policy_of(share, context))) as handle:
         yield HandleReader(handle)
+
+
+def policy_of(share: float, context: int) -> dict[str, int]:
+    """Of a policy, what all selectors are given alike."""
+    budget = budget_of(share, context)
+    return {"budget": budget, "stabilizers": min(STABILIZERS, budget - 1)}
 
 
 def budget_of(share: float, context: int) -> int:

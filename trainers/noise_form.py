@@ -13,7 +13,13 @@ class NoisePredictor:
     """A denoiser in noise form, whatever its backbone predicts."""
 
     def __init__(self, driver: DiffusionDriver) -> None:
+        """Raises ValueError where the sampler has no noise schedule to say it in."""
         scheduler = driver.pipe.scheduler
+        if not hasattr(scheduler, "alphas_cumprod"):
+            raise ValueError(
+                f"a {type(scheduler).__name__} is a flow, without noise levels: for harmonica set objective.kind to "
+                "sdt and objective.lambda_mode to paper, telescoping or none"
+            )
         self.driver = driver
         self.prediction_type = str(scheduler.config.prediction_type)
         self.alphas: list[float] = scheduler.alphas_cumprod.double().sqrt().tolist()

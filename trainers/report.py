@@ -167,6 +167,7 @@ def build_report(
         "commit": commit,
         "seed": seed,
         "rows": [row.as_json() for row in rows],
+        "groups": {row.name: row.group or row.name for row in rows},
         "verdict": verdict,
         "torch_threads": torch.get_num_threads(),
         "created_with": versions(),
@@ -255,7 +256,10 @@ def markdown(report: Mapping[str, Any]) -> str:
                 f"# {report['method']} on {report['backbone']}",
                 "\n".join(lines),
                 verdict_text(report.get("verdict")),
+                *report.get("left_out", ()),
                 *_by_category(report),
+                *_by_context(report),
+                *_by_length(report),
                 f"Measured on {', '.join(facts)}. Speedup is the median over alternating rounds, range its extremes.",
             ]
         )
@@ -274,8 +278,42 @@ def _by_category(report: Mapping[str, Any]) -> list[str]:
         lines.append([row["name"], *(f"{one['speedup']:.2f}x, {one['tokens_per_step']:.2f}" for one in found)])
     if repeated := report.get("repeated_trigrams"):
         lines.append(["repeated trigrams in plain text", *(f"{repeated[name]:.0%}" for name in categories)])
-    table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-    return [f"Speedup and tokens per step by kind of input:\n\n{table}"]
+    return [f"Speedup and tokens per step by kind of input:\n\n{_aligned(lines)}"]
+
+
+def _by_context(report: Mapping[str, Any]) -> list[str]:
+    """A column for each other way in which contexts were read; empty without any."""
+    contexts: Mapping[str, Any] = report.get("contexts", {})
+    if not contexts:
+        return []
+    metric = next(iter(contexts.values()))["metric"]
+    lines = [["", *contexts], ["---", *["---:"] * len(contexts)]]
+    for row in report["rows"]:
+        found = [one["cases"].get(row["name"]) for one in contexts.values()]
+        if any(found):
+            lines.append([row["name"], *("" if one is None else f"{one[metric]:.4g}" for one in found)])
+    return [f"{metric.capitalize()} where contexts are read in other ways, or are others:\n\n{_aligned(lines)}"]
+
+
+def _by_length(report: Mapping[str, Any]) -> list[str]:
+    """Speed of decoding behind every length; empty with no more than one."""
+    lengths: Mapping[str, Any] = report.get("decoding", {})
+    if len(lengths) < 2:
+        return []
+    lines = [["", *(f"{int(length):,} tokens" for length in lengths)], ["---", *["---:"] * len(lengths)]]
+    for row in report["rows"]:
+        found = [one[row["name"]] for one in lengths.values()]
+        cells = [
+            f"{one['speedup']:.2f}x ({one['speedup_range'][0]:.2f}-{one['speedup_range'][1]:.2f}), "
+            f"{one['cache_bytes'] / 2**20:.2f} MiB"
+            for one in found
+        ]
+        lines.append([row["name"], *cells])
+    return [f"Decoding behind a context, and what is held of it:\n\n{_aligned(lines)}"]
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def print_table(rows: Sequence[Row], console: Console | None = None) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from modules.contracts import Handle
-from modules.sites import block_stack, find_transformer, submodules
+from modules.sites import block_stack, find_transformer, last_linears
 
 
 class WorkCounter(Handle):
@@ -21,7 +23,7 @@ class WorkCounter(Handle):
     pass of its own, not for a timed one.
 
     Attributes:
-        submodules: calls of sub-modules (attn1, attn2, ff) since the last `reset`.
+        submodules: calls of sub-modules since the last `reset`; a single block of Flux counts as one.
         macs: multiply-adds of all linear layers, for the whole batch; the products inside attention are left out.
     """
 
@@ -29,17 +31,15 @@ class WorkCounter(Handle):
         super().__init__()
         self.transformer = find_transformer(target)
         self._removers: list[RemovableHandle] = []
-        blocks = block_stack(self.transformer).blocks
-        self._per_block = len(submodules(blocks[0]))
         self.reset()
-        for block in blocks:
+        for block in block_stack(self.transformer).blocks:
             self._watch_block(block)
         self._watch_linears(self.transformer)
 
     @property
     def blocks(self) -> float:
         """Executed sub-modules in units of whole blocks; fractional where parts of blocks ran."""
-        return self.submodules / self._per_block
+        return sum(calls / parts for parts, calls in self._calls.items())
 
     def work(self) -> dict[str, float]:
         """The counts under the report's names: blocks, submodules, macs."""
@@ -54,6 +54,7 @@ class WorkCounter(Handle):
         """Sets all counts to zero."""
         self.submodules = 0
         self.macs = 0
+        self._calls: Counter[int] = Counter()  # by how many parts the called part's block has
 
     def detach(self) -> None:
         """Stops counting; the counts stay readable."""
@@ -62,26 +63,22 @@ class WorkCounter(Handle):
         self._removers.clear()
 
     def _watch_block(self, block: nn.Module) -> None:
-        for part in submodules(block).values():
-            self._removers.append(_last_linear(part).register_forward_pre_hook(_uncompiled(self._count_submodule)))
+        linears = last_linears(block)
+        for linear in linears:
+            count = partial(self._count_submodule, len(linears))
+            self._removers.append(linear.register_forward_pre_hook(_uncompiled(count)))
 
     def _watch_linears(self, module: nn.Module) -> None:
         for part in module.modules():
             if isinstance(part, nn.Linear):
                 self._removers.append(part.register_forward_pre_hook(_uncompiled(self._count_macs)))
 
-    def _count_submodule(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _count_submodule(self, parts: int, module: nn.Module, args: tuple[Any, ...]) -> None:
         self.submodules += 1
+        self._calls[parts] += 1
 
     def _count_macs(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         self.macs += args[0].numel() * cast(nn.Linear, module).out_features
-
-
-def _last_linear(part: nn.Module) -> nn.Module:
-    """The output projection of an attention or feed-forward module: what runs last if anything of it runs."""
-    if isinstance(to_out := getattr(part, "to_out", None), nn.ModuleList):
-        return to_out[0]
-    return [layer for layer in cast(nn.ModuleList, part.net) if not isinstance(layer, nn.Dropout)][-1]
 
 
 def _uncompiled(hook: Callable[..., None]) -> Callable[..., None]:

@@ -12,7 +12,7 @@ from transformers.generation import GenerationMode
 from modules.contracts import Codec, Handle, TokenSelector
 from modules.generate_call import PlainGenerate
 from modules.kv_host.cache import KVCache, empty_cache, plain_groups
-from modules.kv_host.interface import NAME
+from modules.kv_host.interface import NAME, register
 from modules.kv_host.policy import CachePolicy, PrefillStep, prefill_steps
 from modules.kv_host.roles import FeatureTap, attention_sites, rotary_frequencies, rotated_as_a_whole
 from modules.kv_host.units import PackedValues
@@ -48,6 +48,7 @@ class KVHost:
         self.packed: dict[int, PackedValues] = {}
         self._taps: dict[int, FeatureTap] = {}
         self._hooks: list[Any] = []
+        register()
         model.set_attn_implementation(NAME)
         model.generate, model._prefill = self._generate, self._prefill
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,10 +80,29 @@ class KVCache(Cache):  # type: ignore[misc]
             mine.memory, mine.is_initialized = dict(theirs.memory), theirs.is_initialized
         return other
 
+    def stretch(self, length: int) -> None:
+        """Holds as much as behind a text of `length` tokens: what it has, again and again, in storages of their own.
+
+        For measuring time and bytes, which depend on sizes and not on what is held.
+        """
+        policy = self.setting.policy
+        for layer in self.layers:
+            assert layer.units is not None  # something has been read
+            budget = policy.budget_of(layer.index) if self.setting.selector is not None else None
+            count = length if budget is None else min(budget + policy.local, length)
+            layer.units = layer.units.rows(partial(repeated, count=count))
+            layer.seen = length
+
     def read_to(self, columns: int) -> None:
         """The text is so many columns long, whatever was filled up while it was read."""
         for layer in self.layers:
             layer.seen = columns
+
+
+def repeated(states: Tensor, count: int) -> Tensor:
+    """[B, H, N, ..] to [B, H, count, ..], from the first unit on again when there are no more."""
+    index = torch.arange(count, device=states.device) % states.shape[2]
+    return states.index_select(2, index)
 
 
 def plain_groups(site: AttentionSite, codec: Codec | None) -> tuple[HeadGroup, ...]:

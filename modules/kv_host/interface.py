@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 NAME = "afterburner_kv"
 
@@ -84,8 +85,9 @@ def _mask(**arguments: Any) -> MaskRequest:
 
 
 def register() -> None:
-    """Makes both known to transformers; again after a library that wraps every attention function it finds."""
+    """Makes both known to transformers; again after a library has wrapped every attention function it found."""
     AttentionInterface.register(NAME, _attention)
+    ALL_ATTENTION_FUNCTIONS[NAME] = _attention  # a wrapper is put here, where it hides what is registered
     AttentionMaskInterface.register(NAME, _mask)
 
 
@@ -104,6 +106,7 @@ def set_probe(module: nn.Module, probe: Probe | None) -> None:
 def attending(model: Any) -> Iterator[None]:
     """Inside, the model attends through this file; it had another implementation before and has it again after."""
     before = model.config._attn_implementation
+    register()
     model.set_attn_implementation(NAME)
     try:
         yield

@@ -3,7 +3,7 @@
 from modules.locret.attach import LocretHandle, attach, heads_of
 from modules.locret.config import LocretConfig
 from modules.locret.heads import LocretSelector, RetainingHead, RetainingHeads
-from modules.locret.labels import causal_importance, features_and_labels
+from modules.locret.labels import causal_importance, features_and_labels, features_while_evicting
 
 CARD_NOTES = (
     "`model.generate` reads prompts in chunks once the adapter is loaded, and no layer ever holds more than "
@@ -22,5 +22,6 @@ __all__ = [
     "attach",
     "causal_importance",
     "features_and_labels",
+    "features_while_evicting",
     "heads_of",
 ]

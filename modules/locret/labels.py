@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from modules.kv_host import AttentionSite
+from modules.kv_host import AttentionSite, CachePolicy, HeldUnits, NewTokens, attach_cache
 from modules.kv_host.interface import Probe, probing
 from modules.kv_host.roles import FeatureTap
+from modules.locret.heads import LocretSelector, RetainingHeads
 
 _BLOCK = 2**24
 """Logits that exist at a time."""
@@ -83,3 +86,30 @@ def features_and_labels(
         )
         features = [tap.take()[:, first : first + prompt] for tap in taps]
     return [(feature, labels[site.index]) for site, feature in zip(sites, features, strict=True)]
+
+
+class _Recorder(LocretSelector):
+    """Heads at work that keep what they read."""
+
+    def __init__(self, heads: RetainingHeads) -> None:
+        super().__init__(heads)
+        self.read: dict[int, list[Tensor]] = defaultdict(list)
+
+    def score(self, new: NewTokens, held: HeldUnits | None) -> Tensor:
+        self.read[new.layer].append(cast(Tensor, new.features))
+        return super().score(new, held)
+
+
+@torch.no_grad()
+def features_while_evicting(model: Any, heads: RetainingHeads, policy: CachePolicy, prompts: Tensor) -> list[Tensor]:
+    """Features of prompts [B, n] as the heads find them in use: read in chunks, behind what they have kept so far.
+
+    Args:
+        policy: its budget, chunk, stabilizers and positions count; a prompt's last tokens are read like all others.
+    Returns:
+        by layer, [B, n, F].
+    """
+    recorder = _Recorder(heads)
+    with attach_cache(model, selector=recorder, policy=replace(policy, local=0, query_first=False)) as handle:
+        handle.prefill(prompts)
+    return [torch.cat(recorder.read[layer], dim=1) for layer in sorted(recorder.read)]

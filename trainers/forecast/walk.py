@@ -49,8 +49,7 @@ class Walk:
 
     def begin(self, index: Tensor | None = None) -> State:
         """The runs' own noise; of some runs if `index` is given."""
-        scheduler = type(self.driver.pipe.scheduler).from_config(self.driver.pipe.scheduler.config)
-        scheduler.set_timesteps(len(self.timesteps), device=self.driver.device)
+        scheduler = self.driver.sampler(len(self.timesteps), self.driver.device)
         latents = self.runs.at(0)
         return State(latents if index is None else latents[index], scheduler)
 

@@ -24,6 +24,19 @@ def paper_lambdas(final: Final, table: Table, routed: list[int]) -> Tensor:
     return torch.stack([(own - final(_with(table, step, None))).square().mean() for step in routed])
 
 
+def relative_lambdas(final: Final, errors: Tensor, table: Table, routed: list[int]) -> Tensor:
+    """The poster's lambda_t over the step's own error, so that lambda_t times that error is the change of the image.
+
+    The poster's counts an error twice, in the weight and in the loss: a step that is nearly right weighs nothing, and
+    what it leaves in the caches of the steps behind it weighs nothing either.
+
+    Args:
+        errors: [T], the mean squared error of every step's prediction under `table`.
+    """
+    own = errors[routed]
+    return paper_lambdas(final, table, routed) / (own + 1e-3 * own.max()).clamp(min=torch.finfo(own.dtype).tiny)
+
+
 def telescoping_lambdas(final: Final, table: Table, routed: list[int]) -> Tensor:
     """What the released code computes: rows are switched on one after the other, and lambda is each one's change."""
     on: set[int] = set()

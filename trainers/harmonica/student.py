@@ -33,7 +33,7 @@ class SoftCache:
         if config.reuse_op == "linear":
             self.predictor = self._forecast = _Corrected(config)
         else:
-            self.predictor, self._forecast = predictor_of(config.reuse_op)(), None
+            self.predictor, self._forecast = predictor_of(config.reuse_op, granularity=config.granularity)(), None
         self._scores: Tensor | None = None
         self._computes: list[bool] = []
 
@@ -90,9 +90,7 @@ class Sampler:
 
     def scheduler(self) -> Any:
         """A fresh one at the recipe's timesteps."""
-        scheduler = type(self.running.pipe.scheduler).from_config(self.running.pipe.scheduler.config)
-        scheduler.set_timesteps(len(self.config.timesteps), device=self.running.device)
-        return scheduler
+        return self.running.sampler(len(self.config.timesteps), self.running.device)
 
     def output(
         self, latents: Tensor, step: int, scheduler: Any, conditions: Conditions, soft: SoftCache | None
@@ -120,9 +118,26 @@ class Sampler:
     @torch.no_grad()
     def final(self, latents: Tensor, conditions: Conditions, table: Table) -> Tensor:
         """Final latents [B, C, H, W] of the student."""
+        for *_, after in self._walk(latents, conditions, table):
+            latents = after
+        return latents
+
+    @torch.no_grad()
+    def errors(self, latents: Tensor, conditions: Conditions, table: Table) -> Tensor:
+        """Mean squared difference [T] of the student's predictions to the plain backbone's from the same latents."""
+        found = []
+        for step, scheduler, before, output, _ in self._walk(latents, conditions, table):
+            found.append((self.output(before, step, scheduler, conditions, None) - output).square().mean())
+        return torch.stack(found)
+
+    def _walk(
+        self, latents: Tensor, conditions: Conditions, table: Table
+    ) -> Iterator[tuple[int, Any, Tensor, Tensor, Tensor]]:
+        """Of every step: its number, the sampler, the latents, the student's prediction, and the latents after it."""
         scheduler, soft = self.scheduler(), SoftCache(self.config)
         for step in range(len(self.config.timesteps)):
             soft.set_row(table(step))
             output = self.output(latents, step, scheduler, conditions, soft)
-            latents = scheduler.step(output, scheduler.timesteps[step], latents, return_dict=False)[0]
-        return latents
+            before, timestep = latents, scheduler.timesteps[step]
+            latents = scheduler.step(output, timestep, latents, return_dict=False)[0]
+            yield step, scheduler, before, output, latents

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
@@ -22,15 +23,11 @@ from modules.pipelines import Conditions, DiffusionDriver
 from modules.reuse import EveryN
 from modules.solvers import noise_of
 from trainers.cache_task import CacheTask, load_driver, own_runs, sampling_of
-from trainers.harmonica.lambdas import analytic_lambdas, paper_lambdas, telescoping_lambdas
+from trainers.harmonica.lambdas import analytic_lambdas, paper_lambdas, relative_lambdas, telescoping_lambdas
 from trainers.harmonica.refit import Refit
 from trainers.harmonica.student import Row, Sampler, SoftCache
 from trainers.noise_form import NoisePredictor
 from trainers.schemas.harmonica import Recipe
-
-_DAMPING = 20.0
-"""Trajectories that a change of the computed share is looked ahead by: scores move by steps of fixed size, so that a
-pure integral overshoots by half of the table."""
 
 
 class Learned(nn.Module):
@@ -114,9 +111,18 @@ class HarmoniCaTask(CacheTask):
         config = learned.router.config
         super().__init__(recipe, running, learned, config.sampling, recipe.data.prompts)
         self.settings, self.pool, self.clean, self.refit = recipe, conditions, clean, refit
-        self.config, self.noise = config, NoisePredictor(running)
+        self.config = config
         self._attach()
         self._running: Trajectory | None = None
+
+    @cached_property
+    def noise(self) -> NoisePredictor:
+        """The noise form of the backbone's predictions, which Learning-to-Cache and `analytic` work with.
+
+        Raises:
+            ValueError: the sampler is a flow, which has none.
+        """
+        return NoisePredictor(self.running)
 
     def _attach(self) -> None:
         predictor = predictor_of("hold")()  # never asked while training: the student stands before it
@@ -245,10 +251,21 @@ class HarmoniCaTask(CacheTask):
         compute = float(self.learned.router.mask().float().mean())
         objective = self.settings.objective
         if objective.target_compute is not None and number:
-            excess, change = compute - objective.target_compute, compute - float(self.learned.computed)
-            self.learned.beta *= math.exp(objective.beta_rate * (excess + _DAMPING * change))
+            excess, change = compute - self._asked(objective.target_compute, compute), compute - self.learned.computed
+            if excess:
+                self.learned.beta *= math.exp(objective.beta_rate * (excess + objective.beta_damping * float(change)))
         self.learned.computed.fill_(compute)
         self.note(compute=torch.tensor(compute), beta=self.learned.beta[0])
+
+    def _asked(self, target: float, compute: float) -> float:
+        """The share that beta is to reach now: the nearest to `compute` that is asked for.
+
+        In the first `anneal` of training that is anything from the target up to a bound that falls from 1 to it: scores
+        that fall by themselves, because their units are worth nothing, must not drive beta down.
+        """
+        until = self.settings.objective.anneal * self.settings.trainer.max_steps
+        most = target if self.steps_done >= until else 1 - (1 - target) * self.steps_done / until
+        return min(max(compute, target), most)
 
     @torch.no_grad()
     def _refresh(self, number: int) -> None:
@@ -261,8 +278,13 @@ class HarmoniCaTask(CacheTask):
         else:
             latents, conditions = self._drawn(self.settings.objective.lambda_batch, "weights", number)
             latents = latents * self.sampler.scheduler().init_noise_sigma
-            estimate = paper_lambdas if mode == "paper" else telescoping_lambdas
-            found = estimate(lambda table: self.sampler.final(latents, conditions, table), self.learned.row, routed)
+            final, table = partial(self.sampler.final, latents, conditions), self.learned.row
+            if mode == "relative":
+                found = relative_lambdas(final, self.sampler.errors(latents, conditions, table), table, routed)
+            else:
+                found = (paper_lambdas if mode == "paper" else telescoping_lambdas)(final, table, routed)
+        if self.settings.objective.lambda_mean and (mean := float(found.mean())):
+            found = found * (self.settings.objective.lambda_mean / mean)
         self.learned.lambdas.copy_(found)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -322,6 +344,8 @@ def build_task(recipe: Recipe) -> HarmoniCaTask:
     with attach_reuse(running.transformer, EveryN(1), predictor_of("hold")(), granularity) as probe:
         units = list(probe.unit_names)
     noised = recipe.objective.kind == "l2c"
+    if noised or recipe.objective.lambda_mode == "analytic":
+        NoisePredictor(running)  # refuses a flow before anything is recorded
     config = HarmoniCaConfig(
         units=units,
         routed=list(range(1, settings.steps, 2 if noised else 1)),

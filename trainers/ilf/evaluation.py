@@ -14,7 +14,7 @@ from data.stepped import derive_seed
 from modules.ilf import ILFHandle, attach
 from modules.pipelines import DiffusionDriver
 from trainers.config import EvaluateConfig
-from trainers.diffusion_cases import Probe, adapter_case, reference_images, standard_cases
+from trainers.diffusion_cases import Probe, adapter_case, batches_of, reference_images, standard_cases
 from trainers.evaluation import IMAGE_QUALITY, EvaluationSetup
 from trainers.report import QualityFn
 from trainers.rows import Case
@@ -36,11 +36,17 @@ def evaluation_setup(driver: DiffusionDriver, adapter: Path, config: EvaluateCon
     guidance = {"guidance_scale": manifest.module["guidance"]}
     reference = reference_images(driver, inputs, seeds, REFERENCE_STEPS, settings.batch_size, **guidance)
     timed = min(settings.timing_batch, len(inputs))
-    probe = Probe(driver=driver, inputs=inputs[:timed], seeds=seeds[:timed], reference=reference[:timed])
+    probe = Probe(
+        driver=driver,
+        inputs=inputs[:timed],
+        seeds=seeds[:timed],
+        reference=reference[:timed],
+        batches=batches_of(inputs, seeds, settings.batch_size),
+    )
     steps = len(manifest.module["timesteps"])
     own = adapter_case(f"ILF, {steps} steps", lambda: attach(driver.pipe, manifest, tensors), _loops)
-    cases = standard_cases(own, probe, full_steps=FULL_STEPS, **guidance)
-    if manifest.module["solver"] is not None:
+    cases = standard_cases(own, probe, full_steps=FULL_STEPS, rivals=settings.rivals, **guidance)
+    if settings.rivals != "none" and manifest.module["solver"] is not None:
         cases.insert(2, _without_loop(driver, lambda: attach(driver.pipe, manifest, tensors), steps))
     quality: dict[str, QualityFn] = dict(IMAGE_QUALITY)
     if (accuracy := accuracy_of(name)) is not None:

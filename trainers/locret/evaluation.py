@@ -11,16 +11,54 @@ from torch import Tensor
 
 from trainers.evaluation import Measured, Request
 from trainers.kv_cases import CacheCase, Reader
-from trainers.kv_evaluation import Load, measure_adapter
-from trainers.kv_rivals import SHARES, HandleReader, budget_of, selector_cases
+from trainers.kv_evaluation import CHUNK, NEEDLE_CONTEXT, Load, Reading, measure_adapter
+from trainers.kv_rivals import SHARES, HandleReader, policy_of, selector_cases
+
+
+def decoys_in(context: int) -> int:
+    """As many as take up a third of it."""
+    return context // 9
+
+
+def _smallest(case: CacheCase) -> bool:
+    return case.share == SHARES[0]
+
+
+_LONG = (1024, 2000)  # the embedded model was trained up to 2,024 tokens
+READINGS = (
+    Reading(name="decoys", decoys=decoys_in(NEEDLE_CONTEXT)),
+    Reading(name="decoys, in chunks", decoys=decoys_in(NEEDLE_CONTEXT), chunk=CHUNK),
+    Reading(name="decoys, shifted, in chunks", decoys=decoys_in(NEEDLE_CONTEXT), chunk=CHUNK, style="shifted"),
+    *(
+        Reading(
+            name=f"decoys, {length} tokens, in chunks",
+            length=length,
+            decoys=decoys_in(length),
+            chunk=CHUNK,
+            fixed=True,
+            measured=_smallest,
+        )
+        for length in _LONG
+    ),
+)
+"""Who spends units on what nobody asks for has too few for what is asked: see `data/needle.py`."""
+
+
+_KNOWN = {"known": True, "needles": 24, "questions": 1}
 
 
 def measure(request: Request) -> Measured:
-    """See `trainers.kv_evaluation.measure_adapter`."""
-    return measure_adapter(request, _own_cases, _rival_cases)
+    """See `trainers.kv_evaluation.measure_adapter`.
+
+    Heads that have read the question first are asked for one of many needles, by contexts that end with it.
+    """
+    known = request.manifest.module["policy"].get("query_first")
+    more: dict[str, Any] = {"needles": _KNOWN} if known else {"readings": READINGS}
+    return measure_adapter(request, own_cases, lambda model, _: selector_cases(model), **more)
 
 
-def _own_cases(load: Load, tensors: dict[str, Tensor]) -> list[CacheCase]:
+def own_cases(load: Load, tensors: dict[str, Tensor]) -> list[CacheCase]:
+    """The adapter at every share."""
     return [
         CacheCase(
             name=f"Locret, {share:.4g}", kind="adapter", enter=partial(_kept, load, share), group="Locret", share=share
@@ -29,12 +67,9 @@ def _own_cases(load: Load, tensors: dict[str, Tensor]) -> list[CacheCase]:
     ]
 
 
-def _rival_cases(model: Any, tensors: dict[str, Tensor]) -> list[CacheCase]:
-    return selector_cases(model)
-
-
 @contextmanager
 def _kept(load: Load, share: float, context: int) -> Iterator[Reader]:
     with load() as handle:
-        handle.use(budget=budget_of(share, context), stabilizers=0, local=0, query_first=False)
+        local = handle.policy.local if handle.policy.query_first else 0
+        handle.use(**policy_of(share, context), local=local)
         yield HandleReader(handle)

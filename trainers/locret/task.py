@@ -16,7 +16,7 @@ from checkpoints.manifest import Manifest, describe, fingerprint
 from checkpoints.save import write_adapter
 from data.contexts import ContextRows, ContextSource
 from modules.kv_host import attention_sites
-from modules.locret import RetainingHeads, features_and_labels
+from modules.locret import RetainingHeads, features_and_labels, features_while_evicting
 from trainers.base import FrozenBackboneTask
 from trainers.schemas.locret import Recipe
 
@@ -55,8 +55,11 @@ class LocretTask(FrozenBackboneTask):
         if self.settings.module.query_aware:
             question = rows.input_ids[:, : rows.context][:, -self.settings.module.local :]
         pairs = features_and_labels(self.backbone, self.sites, rows.input_ids, rows.context, question)
-        scores = [self.learned(features, layer) for layer, (features, _) in enumerate(pairs)]
-        labels = [label for _, label in pairs]
+        features, labels = map(list, zip(*pairs, strict=True))
+        if self.settings.objective.evicting:
+            prompts, policy = rows.input_ids[:, : rows.context], self.learned.config.cache_policy()
+            features = features_while_evicting(self.backbone, self.learned, policy, prompts)
+        scores = [self.learned(feature, layer) for layer, feature in enumerate(features)]
         loss, regression, steps = retaining_loss(scores, labels, self.settings.objective.smooth_weight)
         self.note(loss=loss, regression=regression, smoothness=steps, overlap=overlap(scores, labels, _WATCHED))
         return loss

@@ -47,13 +47,20 @@ class Objective(Section):
         description="step-wise denoising training along whole trajectories, or Learning-to-Cache on noised samples, "
         "where every second step is routed",
     )
-    lambda_mode: Literal["paper", "telescoping", "analytic", "none"] = Field(
+    lambda_mode: Literal["paper", "relative", "telescoping", "analytic", "none"] = Field(
         default="paper",
         description="weight of each step's error: its effect on the final image if that step alone computes all (the "
-        "paper), or as rows are switched on one after the other (its code), by the sampler's formula, or 1",
+        "paper), that over the error itself, as rows are switched on one after the other (the paper's code), by the "
+        "sampler's formula, or 1",
     )
     refresh: PositiveInt = Field(default=500, description="updates between two estimates of the weights")
     lambda_batch: PositiveInt = Field(default=8, description="images that the weights are estimated from")
+    lambda_mean: float = Field(
+        default=0.0,
+        ge=0,
+        description="what the weights are scaled to on average, so that beta does not have to follow their size, which "
+        "falls by orders of magnitude as the table improves; 0 leaves them as estimated",
+    )
     beta: float = Field(default=7e-8, ge=0, description="price of a computed unit")
     target_compute: float | None = Field(
         default=None,
@@ -64,6 +71,19 @@ class Objective(Section):
     )
     beta_rate: float = Field(
         default=0.5, gt=0, description="how fast beta follows: beta *= exp(rate * excess) per trajectory, damped"
+    )
+    beta_damping: float = Field(
+        default=20.0,
+        ge=0,
+        description="trajectories that a change of the share is looked ahead by: without, scores, which move by steps "
+        "of fixed size, overshoot by half of the table",
+    )
+    anneal: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="part of training in which the most that may be computed falls from 1 to target_compute, so that "
+        "what matters least is given up first; 0 asks for the target at once",
     )
     polarize: float = Field(
         default=0.0, ge=0, description="weight of sum r (1 - r) in the last fifth of training, times beta"

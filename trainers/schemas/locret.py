@@ -46,6 +46,11 @@ class Objective(Section):
     smooth_weight: float = Field(
         default=2.5e-3, ge=0, description="of the squared step between neighbours, summed over the layers"
     )
+    evicting: bool = Field(
+        default=False,
+        description="read prompts a second time, in chunks and within module.budget, and learn from the features that "
+        "the heads then find; false learns from those of the whole prompt (the paper's)",
+    )
 
 
 class Recipe(ContextRecipe):
@@ -54,3 +59,10 @@ class Recipe(ContextRecipe):
     method: Literal["locret"] = Field(default="locret", description="Locret")
     module: Module = Field(default_factory=Module, description="the retaining heads and the cache")
     objective: Objective = Field(default_factory=Objective, description="what the heads are asked to say")
+
+    @model_validator(mode="after")
+    def _features_are_read_in_one_way(self) -> Recipe:
+        if self.objective.evicting and self.module.query_aware:
+            raise ValueError("objective.evicting reads prompts without their question in front, and module.query_aware "
+                             "wants it there: leave one of them out")  # fmt: skip
+        return self
