@@ -73,8 +73,8 @@ class Recipe(ContextRecipe):
             return self
         if self.trainer.strategy.startswith("deepspeed"):
             raise ValueError(
-                f"trainer.strategy {self.trainer.strategy} does not give LoRA the updates that ddp does: set it to ddp or "
-                "fsdp where lora.rank trains the backbone too"
+                f"trainer.strategy {self.trainer.strategy} does not give LoRA the updates that ddp does: set it to ddp "
+                "or fsdp where lora.rank trains the backbone too"
             )
         if self.trainer.ema:
             raise ValueError(
