@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
+from checkpoints.card import card
+from checkpoints.manifest import Manifest
+from checkpoints.save import write_adapter
 from data.stepped import StepOrder, derive_seed, step_generator, stepped_loader
 from trainers.config import RecipeBase
 from trainers.recipes import to_yaml
@@ -41,9 +44,11 @@ class FrozenBackboneTask(LightningModule):
     Attributes:
         backbone: frozen, eval mode.  learned: trained.
         exported: what is exported and sampled with: the average when there is one.
+        identity: fingerprint and description of the backbone as it was, for who exports.
         unit, units_per_sample: what throughput is counted in; a language model's task says "tokens" and its length.
     """
 
+    identity: tuple[str, dict[str, Any]]
     unit = "images"
     units_per_sample = 1
     # Checkpoints hold the learned part only; on_load_checkpoint is strict about that part.
@@ -153,6 +158,26 @@ class FrozenBackboneTask(LightningModule):
         return self.backbone
 
     # What a method calls.
+
+    def write_adapter(self, folder: Path, module: dict[str, Any], tensors: Mapping[str, Tensor], **more: Any) -> None:
+        """Write the adapter for the recipe's backbone: manifest, tensors and card.
+
+        Args:
+            module: the manifest's entry of that name; `more` are further ones.
+        """
+        backbone, (identity, description) = self.recipe.backbone, self.identity
+        manifest = Manifest(
+            method=self.recipe.method,
+            module=module,
+            base_model_name_or_path=backbone.name,
+            base_model_revision=backbone.revision,
+            base_model_fingerprint=identity,
+            base_model_config=description,
+            made_by=self.made_by(),
+            trained=self.parameter_table(),
+            **more,
+        )
+        write_adapter(folder, manifest, dict(tensors), card(manifest, None))
 
     def made_by(self) -> dict[str, Any]:
         """The adapter's `made_by` entry: recipe, code, versions, steps, seed."""

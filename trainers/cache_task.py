@@ -10,9 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checkpoints.card import card
-from checkpoints.manifest import Manifest, describe, fingerprint
-from checkpoints.save import write_adapter
+from checkpoints.manifest import describe, fingerprint
 from data.inputs import held_out_inputs, training_inputs
 from data.stepped import derive_seed
 from data.trajectories import Trajectories, record_trajectories
@@ -71,15 +69,13 @@ class CacheTask(FrozenBackboneTask):
         running: the driver of the pipeline.  sampling: what it is trained for.
     """
 
-    method: str
-
     def __init__(
         self, recipe: RecipeBase, running: DiffusionDriver, learned: nn.Module, sampling: Sampling, prompts: str | None
     ) -> None:
         super().__init__(running.transformer, learned, recipe)
         self.running, self.sampling_point, self.prompts = running, sampling, prompts
         # Taken while this process holds the whole backbone, which a strategy may shard.
-        self._identity = (fingerprint(running.transformer), describe(running.transformer))
+        self.identity = (fingerprint(running.transformer), describe(running.transformer))
         self._judge: tuple[list[Any], list[int], Tensor] | None = None
 
     # What a method supplies.
@@ -140,17 +136,10 @@ class CacheTask(FrozenBackboneTask):
 
     def export_adapter(self, folder: Path) -> None:
         """Manifest, tensors and card."""
-        backbone, (identity, configuration) = self.recipe.backbone, self._identity
-        manifest = Manifest(
-            method=self.method,
-            module=self.module_entry_now(),
-            base_model_name_or_path=backbone.name,
-            base_model_revision=backbone.revision,
-            base_model_fingerprint=identity,
-            base_model_config=configuration,
-            valid_for={"dtype": [backbone.dtype]},
-            made_by=self.made_by(),
-            trained=self.parameter_table(),
+        self.write_adapter(
+            folder,
+            self.module_entry_now(),
+            self.adapter_tensors(),
+            valid_for={"dtype": [self.recipe.backbone.dtype]},
             call=self.sampling_point.call,
         )
-        write_adapter(folder, manifest, self.adapter_tensors(), card(manifest, None))

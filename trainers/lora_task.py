@@ -23,7 +23,6 @@ class LoraTask(FrozenBackboneTask):
 
     Attributes:
         lora_settings: the recipe's.
-        fingerprint, description: of the backbone as it was.
     """
 
     def __init__(
@@ -36,7 +35,7 @@ class LoraTask(FrozenBackboneTask):
     ) -> None:
         super().__init__(backbone, learned, recipe, copied)
         self.lora_settings = lora
-        self.fingerprint, self.description = fingerprint(backbone), describe(backbone)
+        self.identity = fingerprint(backbone), describe(backbone)
         # Counted and not kept: a list of them would keep alive what a strategy has replaced by shards.
         sizes = [parameter.numel() for parameter in backbone.parameters()]
         self._frozen = {"tensors": len(sizes), "parameters": sum(sizes)}

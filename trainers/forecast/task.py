@@ -26,7 +26,6 @@ class ForecastTask(CacheTask):
     points take turns.
     """
 
-    method = "forecast"
     learned: ForecastModule
 
     def __init__(self, recipe: Recipe, running: DiffusionDriver, learned: ForecastModule, runs: Trajectories) -> None:

@@ -95,7 +95,6 @@ class HarmoniCaTask(CacheTask):
     memory does not grow with the number of steps.
     """
 
-    method = "harmonica"
     learned: Learned
     may_leave_unused = True  # an update is one row's
 

@@ -12,9 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from checkpoints.card import card
-from checkpoints.manifest import Manifest, describe, fingerprint
-from checkpoints.save import write_adapter
+from checkpoints.manifest import describe, fingerprint
 from data.inputs import held_out_inputs, training_inputs
 from data.stepped import derive_seed
 from data.trajectories import Trajectories, record_trajectories
@@ -66,7 +64,7 @@ class ILFTask(FrozenBackboneTask):
         self.loop: ILFHandle = attach_module(running.transformer, self.learned.loop)
         self._weights = self._step_weights()
         # Taken while this process holds the whole backbone, which a strategy may shard.
-        self._identity = (fingerprint(running.transformer), describe(running.transformer))
+        self.identity = (fingerprint(running.transformer), describe(running.transformer))
         self._judge: tuple[list[Any], list[int], Tensor] | None = None
 
     def _step_weights(self) -> list[float]:
@@ -213,25 +211,13 @@ class ILFTask(FrozenBackboneTask):
 
     def export_adapter(self, folder: Path) -> None:
         """The loop's tensors in the backbone's dtype; the solver's numbers are part of the manifest."""
-        config, backbone = self.config_now(), self.settings.backbone
-        identity, configuration = self._identity
-        manifest = Manifest(
-            method="ilf",
-            module=module_entry(config),
-            base_model_name_or_path=backbone.name,
-            base_model_revision=backbone.revision,
-            base_model_fingerprint=identity,
-            base_model_config=configuration,
-            valid_for={"dtype": [backbone.dtype]},
-            made_by=self.made_by(),
-            trained=self.parameter_table(),
-            call=config.call,
-        )
+        config = self.config_now()
         tensors = {
             name: value.detach().to("cpu", self.running.dtype).contiguous()
             for name, value in cast(Learned, self.exported).loop.state_dict().items()
         }
-        write_adapter(folder, manifest, tensors, card(manifest, None))
+        dtypes = {"dtype": [self.settings.backbone.dtype]}
+        self.write_adapter(folder, module_entry(config), tensors, valid_for=dtypes, call=config.call)
 
 
 def build_task(recipe: Recipe) -> ILFTask:

@@ -11,9 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-from checkpoints.card import card
-from checkpoints.manifest import Manifest, describe, fingerprint
-from checkpoints.save import write_adapter
+from checkpoints.manifest import describe, fingerprint
 from data.contexts import ContextRows, ContextSource
 from modules.kv_host import attention_sites
 from modules.locret import RetainingHeads, features_and_labels, features_while_evicting
@@ -37,7 +35,7 @@ class LocretTask(FrozenBackboneTask):
         self.settings, self.source = recipe, source
         self.sites = attention_sites(model)
         self.units_per_sample = recipe.data.length
-        self.fingerprint, self.description = fingerprint(model), describe(model)
+        self.identity = fingerprint(model), describe(model)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Rows by number."""
@@ -70,18 +68,7 @@ class LocretTask(FrozenBackboneTask):
 
     def export_adapter(self, folder: Path) -> None:
         """The heads, and how the cache is cut by default."""
-        backbone = self.settings.backbone
-        manifest = Manifest(
-            method="locret",
-            module=asdict(self.learned.config),
-            base_model_name_or_path=backbone.name,
-            base_model_revision=backbone.revision,
-            base_model_fingerprint=self.fingerprint,
-            base_model_config=self.description,
-            made_by=self.made_by(),
-            trained=self.parameter_table(),
-        )
-        write_adapter(folder, manifest, self.head_tensors(), card(manifest, None))
+        self.write_adapter(folder, asdict(self.learned.config), self.head_tensors())
 
 
 def retaining_loss(scores: list[Tensor], labels: list[Tensor], smooth_weight: float) -> tuple[Tensor, Tensor, Tensor]:

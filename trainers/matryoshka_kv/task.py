@@ -14,9 +14,6 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-from checkpoints.card import card
-from checkpoints.manifest import Manifest
-from checkpoints.save import write_adapter
 from data.contexts import ContextSource
 from data.stepped import step_generator
 from data.text import IGNORED
@@ -222,15 +219,4 @@ class MatryoshkaTask(LoraTask):
 
     def export_adapter(self, folder: Path) -> None:
         """Bases, means, the tables of ranks, and LoRA where it was trained."""
-        backbone = self.settings.backbone
-        manifest = Manifest(
-            method="matryoshka_kv",
-            module=asdict(self.config()),
-            base_model_name_or_path=backbone.name,
-            base_model_revision=backbone.revision,
-            base_model_fingerprint=self.fingerprint,
-            base_model_config=self.description,
-            made_by=self.made_by(),
-            trained=self.parameter_table(),
-        )
-        write_adapter(folder, manifest, self.tensors(), card(manifest, None))
+        self.write_adapter(folder, asdict(self.config()), self.tensors())

@@ -15,9 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-from checkpoints.card import card
-from checkpoints.manifest import Manifest
-from checkpoints.save import write_adapter
 from data.recorded import INDEX_FILE, RecordedStates, record_states
 from data.text import IGNORED, Blocks
 from modules.lora import lora_off
@@ -108,8 +105,8 @@ class MedusaTask(LoraTask):
         """The states of these blocks, read back or computed first."""
         if not (folder / INDEX_FILE).is_file():
             batch_size = self.settings.data.batch_size
-            return record_states(self.model, blocks, folder, fingerprint=self.fingerprint, batch_size=batch_size)
-        states = RecordedStates(folder, self.fingerprint)
+            return record_states(self.model, blocks, folder, fingerprint=self.identity[0], batch_size=batch_size)
+        states = RecordedStates(folder, self.identity[0])
         last = torch.tensor([len(states) - 1])
         if len(states) != len(blocks) or not torch.equal(states.batch(last)[1].labels, blocks.select(last).labels):
             raise ValueError(f"data.recorded is '{folder}', which holds states of another text: name a new folder")
@@ -239,19 +236,8 @@ class MedusaTask(LoraTask):
 
     def export_adapter(self, folder: Path) -> None:
         """Heads, tree, hits and counts, and the LoRA of Medusa-2."""
-        backbone = self.settings.backbone
-        manifest = Manifest(
-            method="medusa",
-            module=module_entry(self.calibrated()),
-            base_model_name_or_path=backbone.name,
-            base_model_revision=backbone.revision,
-            base_model_fingerprint=self.fingerprint,
-            base_model_config=self.description,
-            made_by=self.made_by(),
-            trained=self.parameter_table(),
-        )
         lora = {name: self._stored(value) for name, value in self.lora_tensors().items()}
-        write_adapter(folder, manifest, self._head_tensors() | lora, card(manifest, None))
+        self.write_adapter(folder, module_entry(self.calibrated()), self._head_tensors() | lora)
 
     @property
     def export_formats(self) -> dict[str, Callable[[Path], None]]:
