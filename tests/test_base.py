@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from data.stepped import StepOrder, SteppedBatches, stepped_loader
 from trainers import recipes, run_folder
+from trainers.adapters import made_by
 from trainers.base import FrozenBackboneTask, NonFiniteLoss, state_hash
 from trainers.callbacks import AtomicCheckpointIO, Interrupted, read_checkpoint
 from trainers.run_folder import RunFolder, atomic_write
@@ -269,9 +270,9 @@ def test_a_killed_save_leaves_the_older_checkpoint_loadable(tmp_path: Path) -> N
 def test_an_adapter_says_what_made_it_wherever_the_run_lay(folder: RunFolder) -> None:
     task, resumed = Tiny(recipe(run="a")), Tiny(recipe(run="b").model_copy(update={"resume": "elsewhere"}))
     train(task, folder)
-    assert task.made_by()["steps"] == 8 and task.made_by()["seed"] == 0 and task.made_by()["recipe"] == "ilf_pixart"
-    assert task.made_by()["recipe_sha256"] == resumed.made_by()["recipe_sha256"]
-    assert task.made_by()["recipe_sha256"] != Tiny(recipe(seed="1")).made_by()["recipe_sha256"]
+    assert made_by(task)["steps"] == 8 and made_by(task)["seed"] == 0 and made_by(task)["recipe"] == "ilf_pixart"
+    assert made_by(task)["recipe_sha256"] == made_by(resumed)["recipe_sha256"]
+    assert made_by(task)["recipe_sha256"] != made_by(Tiny(recipe(seed="1")))["recipe_sha256"]
 
 
 def test_atomic_write_replaces_or_leaves(tmp_path: Path) -> None:

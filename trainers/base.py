@@ -18,13 +18,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
-from checkpoints.card import card
-from checkpoints.manifest import Manifest
-from checkpoints.save import write_adapter
 from data.stepped import StepOrder, derive_seed, step_generator, stepped_loader
 from trainers.config import RecipeBase
-from trainers.recipes import to_yaml
-from trainers.run_folder import code_version, versions
 
 
 class NonFiniteLoss(RuntimeError):  # noqa: N818  (the name says what happened)
@@ -158,39 +153,6 @@ class FrozenBackboneTask(LightningModule):
         return self.backbone
 
     # What a method calls.
-
-    def write_adapter(self, folder: Path, module: dict[str, Any], tensors: Mapping[str, Tensor], **more: Any) -> None:
-        """Write the adapter for the recipe's backbone: manifest, tensors and card.
-
-        Args:
-            module: the manifest's entry of that name; `more` are further ones.
-        """
-        backbone, (identity, description) = self.recipe.backbone, self.identity
-        manifest = Manifest(
-            method=self.recipe.method,
-            module=module,
-            base_model_name_or_path=backbone.name,
-            base_model_revision=backbone.revision,
-            base_model_fingerprint=identity,
-            base_model_config=description,
-            made_by=self.made_by(),
-            trained=self.parameter_table(),
-            **more,
-        )
-        write_adapter(folder, manifest, dict(tensors), card(manifest, None))
-
-    def made_by(self) -> dict[str, Any]:
-        """The adapter's `made_by` entry: recipe, code, versions, steps, seed."""
-        code = code_version()
-        recipe = self.recipe.model_copy(update={"resume": None, "run": None})
-        return {
-            "recipe": self.recipe.recipe,
-            "recipe_sha256": hashlib.sha256(to_yaml(recipe).encode()).hexdigest(),
-            "code": code["commit"] and code["commit"] + ("-dirty" if code["dirty"] else ""),
-            "versions": versions(),
-            "steps": self.steps_done,
-            "seed": self.recipe.seed,
-        }
 
     def stepped_loader(self, fetch: Callable[[Tensor], Any], length: int, batch_size: int) -> DataLoader[Any]:
         """The loader of `train_dataloader`: endless, beginning at the batch of the current step.

@@ -18,6 +18,7 @@ from modules.guards import sampler_entry
 from modules.learned_cache import CacheHandle, Sampling
 from modules.pipelines import DiffusionDriver, driver, load_pipeline
 from modules.sites import block_stack
+from trainers.adapters import write_task_adapter
 from trainers.base import FrozenBackboneTask
 from trainers.config import RecipeBase
 from trainers.devices import training_device
@@ -136,7 +137,8 @@ class CacheTask(FrozenBackboneTask):
 
     def export_adapter(self, folder: Path) -> None:
         """Manifest, tensors and card."""
-        self.write_adapter(
+        write_task_adapter(
+            self,
             folder,
             self.module_entry_now(),
             self.adapter_tensors(),

@@ -21,6 +21,7 @@ from modules.ilf import ILFConfig, ILFHandle, ILFModule, attach_module, centred_
 from modules.pipelines import Conditions, DiffusionDriver, driver, load_pipeline
 from modules.sites import block_stack
 from modules.solvers import SolverTable
+from trainers.adapters import write_task_adapter
 from trainers.base import FrozenBackboneTask
 from trainers.devices import training_device
 from trainers.ilf import schedule
@@ -217,7 +218,7 @@ class ILFTask(FrozenBackboneTask):
             for name, value in cast(Learned, self.exported).loop.state_dict().items()
         }
         dtypes = {"dtype": [self.settings.backbone.dtype]}
-        self.write_adapter(folder, module_entry(config), tensors, valid_for=dtypes, call=config.call)
+        write_task_adapter(self, folder, module_entry(config), tensors, valid_for=dtypes, call=config.call)
 
 
 def build_task(recipe: Recipe) -> ILFTask:

@@ -15,6 +15,7 @@ from checkpoints.manifest import describe, fingerprint
 from data.contexts import ContextRows, ContextSource
 from modules.kv_host import attention_sites
 from modules.locret import RetainingHeads, features_and_labels, features_while_evicting
+from trainers.adapters import write_task_adapter
 from trainers.base import FrozenBackboneTask
 from trainers.schemas.locret import Recipe
 
@@ -68,7 +69,7 @@ class LocretTask(FrozenBackboneTask):
 
     def export_adapter(self, folder: Path) -> None:
         """The heads, and how the cache is cut by default."""
-        self.write_adapter(folder, asdict(self.learned.config), self.head_tensors())
+        write_task_adapter(self, folder, asdict(self.learned.config), self.head_tensors())
 
 
 def retaining_loss(scores: list[Tensor], labels: list[Tensor], smooth_weight: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -27,6 +27,7 @@ from modules.matryoshka_kv import (
     rank_masks,
     search_ranks,
 )
+from trainers.adapters import write_task_adapter
 from trainers.lora_task import LoraTask
 from trainers.schemas.matryoshka_kv import Recipe
 
@@ -219,4 +220,4 @@ class MatryoshkaTask(LoraTask):
 
     def export_adapter(self, folder: Path) -> None:
         """Bases, means, the tables of ranks, and LoRA where it was trained."""
-        self.write_adapter(folder, asdict(self.config()), self.tensors())
+        write_task_adapter(self, folder, asdict(self.config()), self.tensors())

@@ -30,6 +30,7 @@ from modules.medusa import (
 )
 from modules.medusa.chunked import chunked_sum
 from modules.medusa.output_layer import last_hidden_state
+from trainers.adapters import write_task_adapter
 from trainers.lora_task import LoraTask
 from trainers.medusa.calibration import Text, calibrated, greedy_texts
 from trainers.medusa.layouts import ENGINES, write_layout
@@ -237,7 +238,7 @@ class MedusaTask(LoraTask):
     def export_adapter(self, folder: Path) -> None:
         """Heads, tree, hits and counts, and the LoRA of Medusa-2."""
         lora = {name: self._stored(value) for name, value in self.lora_tensors().items()}
-        self.write_adapter(folder, module_entry(self.calibrated()), self._head_tensors() | lora)
+        write_task_adapter(self, folder, module_entry(self.calibrated()), self._head_tensors() | lora)
 
     @property
     def export_formats(self) -> dict[str, Callable[[Path], None]]:
