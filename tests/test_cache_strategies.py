@@ -78,7 +78,7 @@ def test_a_sharded_backbone_teaches_the_same_caches(tmp_path: Path) -> None:
 @pytest.mark.deepspeed
 def test_every_stage_teaches_the_same_caches(tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
-    methods = [method for method in METHODS if method not in ("harmonica", LORA)]  # which refuse it
+    methods = [method for method in METHODS if method != "harmonica"]  # which refuses it
     strategy_worker.start(tmp_path, jobs(tmp_path, ["ddp", *STAGES], methods))
     for method in methods:
         for stage in STAGES:

@@ -37,10 +37,10 @@ def job(name: str, backbone: str, strategy: str, **changes: str) -> dict[str, An
     return {"name": name, "method": "medusa", "overrides": settings}
 
 
-def started(folder: Path, strategies: list[str]) -> Path:
+def started(folder: Path, strategies: list[str], **changes: str) -> Path:
     """The runs of these strategies, and DDP's."""
     name = save_tiny(folder)
-    strategy_worker.start(folder, [job(one, name, one) for one in ["ddp", *strategies]])
+    strategy_worker.start(folder, [job(one, name, one, **changes) for one in ["ddp", *strategies]])
     return folder
 
 
@@ -65,3 +65,16 @@ def test_sharded_optimizers_teach_the_same_heads(tmp_path: Path) -> None:
     started(tmp_path, STAGES)
     for stage in STAGES:
         assert_as_ddp(tmp_path, stage)
+
+
+@pytest.mark.deepspeed
+def test_lora_in_the_backbone_gets_the_gradient_of_all_ranks(tmp_path: Path) -> None:
+    """DDP and DeepSpeed find what learns in different ways; whoever leaves LoRA to each rank is seen here."""
+    pytest.importorskip("deepspeed")
+    lora = {"lora__rank": "2", "lora__dropout": "0", "lora__lr_scale": "1"}
+    started(tmp_path, ["deepspeed_1", "deepspeed_3"], trainer__max_steps="1", trainer__save_every="1", **lora)
+    plain = state_of(tmp_path / "ddp")
+    learned = [name for name in plain if "lora" in name and name.endswith(".1.weight")]
+    assert learned and all(bool(plain[name].any()) for name in learned)
+    for stage in ("deepspeed_1", "deepspeed_3"):
+        assert 0 <= furthest(state_of(tmp_path / stage), plain) < BOUND

@@ -106,7 +106,6 @@ def test_a_medusa_recipe_whose_parts_disagree_is_refused(overrides: dict[str, st
         ("locret_llama", {"module.query_aware": "true", "module.local": "0"}, "say how many a question has"),
         ("matryoshka_kv_llama", {"module.budgets": "[0.5,1.5]"}, "a list of numbers between 0 and 1"),
         ("matryoshka_kv_llama", {"lora.rank": "4", "trainer.ema": "0.9"}, "trainer.ema averages the projections alone"),
-        ("matryoshka_kv_llama", {"lora.rank": "4", "trainer.strategy": "deepspeed_2"}, "set it to ddp or fsdp"),
         ("matryoshka_kv_llama", {"lora.rank": "4", "lora.alone": "999"}, "the projections would not train"),
     ],
 )

@@ -71,11 +71,6 @@ class Recipe(ContextRecipe):
     def _lora_agrees(self) -> Recipe:
         if not self.lora.rank:
             return self
-        if self.trainer.strategy.startswith("deepspeed"):
-            raise ValueError(
-                f"trainer.strategy {self.trainer.strategy} does not give LoRA the updates that ddp does: set it to ddp "
-                "or fsdp where lora.rank trains the backbone too"
-            )
         if self.trainer.ema:
             raise ValueError(
                 "trainer.ema averages the projections alone: set it to 0 where lora.rank trains the backbone too"

@@ -27,9 +27,12 @@ class BackboneDDP(DDPStrategy):
         super().__init__(timeout=timeout)
 
     def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
-        names = [name for name, _ in [*model.named_parameters(), *model.named_buffers()]]
-        left_out = [name for name in names if not name.startswith("learned.")]
-        self._ddp_kwargs["find_unused_parameters"] = cast("FrozenBackboneTask", self.lightning_module).may_leave_unused
+        task = cast("FrozenBackboneTask", self.lightning_module)
+        # By the tensor and not by its name: LoRA hangs in the backbone's layers, and its first name is theirs.
+        ours = {id(value) for value in [*task.learned.parameters(), *task.learned.buffers()]}
+        named = [*model.named_parameters(), *model.named_buffers()]
+        left_out = [name for name, value in named if id(value) not in ours]
+        self._ddp_kwargs["find_unused_parameters"] = task.may_leave_unused
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, left_out)
         return super()._setup_model(model)
 
