@@ -8,12 +8,12 @@ from torch import Tensor
 from data.trajectories import Trajectories
 from modules.harmonica import HarmoniCaConfig
 from modules.pipelines import DiffusionDriver
-from trainers.forecast.fitting import Fitter, image_error, mask_of, search_steps
+from trainers.forecast.fitting import Fitter, image_error, late_steps, mask_of, search_steps
 from trainers.forecast.walk import Walk
 
 
 class Refit:
-    """Masks of whole steps -> the same, or with steps moved a little, and the forecast's weights for them.
+    """Masks of whole steps -> the same, or other steps that end nearer, and the forecast's weights for them.
 
     What was fitted before is remembered, since sampling and export ask for the same masks.
     """
@@ -43,9 +43,11 @@ class Refit:
             mask = list(router)
             if self.polish:
                 fitter = Fitter(self.short, self.searched // 2, self.ridge)
-                start = [step for step, computed in enumerate(mask) if computed]
-                found, _ = search_steps(fitter, image_error(fitter), start, self.polish)
-                mask = mask_of(found, len(mask))
+                own = [step for step, computed in enumerate(mask) if computed]
+                # Moves of one step find the nearest minimum, and a router of few trajectories may be far from a good one.
+                starts = [own, late_steps(len(own), len(mask))]
+                ends = [search_steps(fitter, image_error(fitter), start, self.polish) for start in starts]
+                mask = mask_of(min(ends, key=lambda end: end[1])[0], len(mask))
             outputs, inputs, _ = Fitter(self.walk, strength=self.ridge).fit(mask)
             self._known[router] = (torch.tensor(mask)[:, None], torch.cat([outputs, inputs], dim=1)[:, None])
         return self._known[router]

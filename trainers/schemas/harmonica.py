@@ -94,7 +94,10 @@ class Objective(Section):
         "states, to the steps that the router chose",
     )
     polish: int = Field(
-        default=0, ge=0, description="refit: sweeps in which the router's steps may still move by one or two"
+        default=0,
+        ge=0,
+        description="refit: sweeps in which the router's steps, and late ones beside them, may still move by one or two; "
+        "the better end is taken",
     )
     ridge: float = Field(default=1e-7, gt=0, description="refit: pull towards first-order Taylor")
     forecast_lr: float = Field(
