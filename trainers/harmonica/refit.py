@@ -44,7 +44,7 @@ class Refit:
             if self.polish:
                 fitter = Fitter(self.short, self.searched // 2, self.ridge)
                 own = [step for step, computed in enumerate(mask) if computed]
-                # Moves of one step find the nearest minimum, and a router of few trajectories may be far from a good one.
+                # Small moves find the nearest minimum, and a router of few trajectories may be far from a good one.
                 starts = [own, late_steps(len(own), len(mask))]
                 ends = [search_steps(fitter, image_error(fitter), start, self.polish) for start in starts]
                 mask = mask_of(min(ends, key=lambda end: end[1])[0], len(mask))
