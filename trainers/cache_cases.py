@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 
 from checkpoints.load import method_module, read_tensors
-from checkpoints.manifest import check_valid_for, read_manifest
-from data.inputs import accuracy_of, held_out_inputs
-from data.stepped import derive_seed
+from checkpoints.manifest import read_manifest
 from modules.contracts import Predictor
 from modules.harmonica import predictor_of
 from modules.learned_cache import CacheHandle, OperatingPoint
@@ -28,15 +26,13 @@ from trainers.config import EvaluateConfig
 from trainers.diffusion_cases import (
     Probe,
     Rivals,
-    batches_of,
     held_units,
     plain_case,
-    reference_images,
     reuse_case,
     rivals_at,
 )
-from trainers.evaluation import IMAGE_QUALITY, EvaluationSetup
-from trainers.report import QualityFn
+from trainers.diffusion_evaluation import ground_of
+from trainers.evaluation import EvaluationSetup
 from trainers.rows import Case
 
 _DP_INPUTS = 8
@@ -51,39 +47,15 @@ def cache_setup(driver: DiffusionDriver, adapter: Path, config: EvaluateConfig) 
         AdapterError: the adapter is not for this backbone.
     """
     manifest, tensors = read_manifest(adapter), read_tensors(adapter)
-    check_valid_for(manifest, driver.transformer)
-    settings, name = config.evaluation, manifest.base_model_name_or_path
-    inputs = held_out_inputs(name, settings.prompts, settings.seed, settings.inputs)
-    seeds = [derive_seed(settings.seed, "image", i) for i in range(len(inputs))]
-    steps, guidance = len(manifest.module["timesteps"]), {"guidance_scale": manifest.module["guidance"]}
-    reference = reference_images(driver, inputs, seeds, steps, settings.batch_size, **guidance)
-    timed = min(settings.timing_batch, len(inputs))
-    probe = Probe(
-        driver=driver,
-        inputs=inputs[:timed],
-        seeds=seeds[:timed],
-        reference=reference[:timed],
-        batches=batches_of(inputs, seeds, settings.batch_size),
-    )
+    steps, rivals = len(manifest.module["timesteps"]), config.evaluation.rivals
+    ground = ground_of(driver, manifest, config, steps)
 
     def attach() -> CacheHandle:
         handle: CacheHandle = method_module(manifest.method).attach(driver.pipe, manifest, tensors)
         return handle
 
-    cases = learned_cache_cases(manifest.method, attach, probe, steps, settings.rivals, **guidance)
-    quality: dict[str, QualityFn] = dict(IMAGE_QUALITY)
-    if (accuracy := accuracy_of(name)) is not None:
-        quality["accuracy"] = lambda images, _, asked: accuracy(images, list(asked))
-    return EvaluationSetup(
-        cases=cases,
-        inputs=inputs,
-        seeds=seeds,
-        reference=reference,
-        reference_text=f"{steps} steps of {type(driver.pipe.scheduler).__name__} from the same noise",
-        quality=quality,
-        timing_batch=timed,
-        left_out=[] if installed() or settings.rivals != "all" else [MISSING],
-    )
+    cases = learned_cache_cases(manifest.method, attach, ground.probe, steps, rivals, **ground.call)
+    return ground.setup(cases, left_out=[] if installed() or rivals != "all" else [MISSING])
 
 
 def learned_cache_cases(
