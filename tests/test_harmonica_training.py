@@ -20,6 +20,7 @@ from tests.tiny import tiny_pipeline
 from tests.tiny_forecast import save_tiny
 from tests.tiny_ilf import driver_of, hooked
 from trainers.base import state_hash
+from trainers.forecast.fitting import Fitter, image_error, late_steps, mask_of
 from trainers.harmonica.lambdas import analytic_lambdas, paper_lambdas, relative_lambdas, telescoping_lambdas
 from trainers.image_quality import mse
 from trainers.noise_form import NoisePredictor
@@ -294,3 +295,26 @@ def test_the_forecast_is_fitted_anew_to_the_steps_of_the_router(saved: Path, tmp
     with load_adapter(running.pipe, tmp_path / "adapter") as handle, WorkCounter(running.pipe) as counter:
         running.generate([3], [1], **handle.call_kwargs)
     assert counter.blocks == 4 * 4
+
+
+def test_steps_of_a_bad_router_end_no_further_than_late_ones(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the search moves nothing, only the second start saves a router that computes first and then never."""
+    changes = {
+        "module.granularity": "model", "module.reuse_op": "linear", "module.steps": "8", "objective.refit": "true",
+        "objective.polish": "1", "data.recorded": "8", "data.searched": "6",
+    }  # fmt: skip
+    task = task_of(save_tiny("dit", saved), **changes)
+    assert task.refit is not None
+    errors = {}
+    for count in (3, 4, 5):
+        early = list(range(count))
+        late = late_steps(count, 8)
+        fitter = Fitter(task.refit.short, 3, task.settings.objective.ridge)
+        for start in (early, late):
+            errors[tuple(start)] = image_error(fitter)(fitter.fit(mask_of(start, 8))[2])
+        monkeypatch.setattr(
+            "trainers.harmonica.refit.search_steps", lambda f, e, start, _: (start, errors[tuple(start)])
+        )
+        found, _ = task.refit(torch.tensor(mask_of(early, 8))[None, :, None])
+        assert found.flatten().tolist() == mask_of(min((early, late), key=lambda start: errors[tuple(start)]), 8)
+    assert any(errors[tuple(late_steps(count, 8))] < errors[tuple(range(count))] for count in (3, 4, 5)), errors

@@ -9,8 +9,9 @@ from modules.medusa.output_layer import OutputLayer
 CARD_NOTES = (
     "`model.generate` drafts by itself once the adapter is loaded: greedy text is the model's own token for token, "
     "sampled text has the same law.\n\n"
-    "This folder is for `load_adapter`; no serving engine reads it. `python -m trainers.export run=<run> format=tgi` "
-    "writes the folder that Text Generation Inference reads, `format=vllm` the one of vLLM 0.25 and 0.26. Both draft "
+    "This folder is for `load_adapter`; no serving engine reads it. Of heads that read the hidden state alone "
+    "(`reads` is `state`) `python -m trainers.export run=<run> format=tgi` writes the folder that "
+    "Text Generation Inference reads, `format=vllm` the one of vLLM 0.25 and 0.26. Both draft "
     "the top-1 chain only. Later versions of vLLM have no Medusa any more, and SGLang never had it."
 )
 """What an adapter's card says beyond what holds for every method."""
