@@ -75,6 +75,10 @@ class Selector(ABC):
     def computes(self, step: int, unit: int, hidden: Tensor | None) -> bool:
         """Whether the unit runs.  `hidden` is its input [B, T, D], None for static members; never read on the host."""
 
+    def memory_bytes(self) -> int:
+        """Bytes of the tensors held now; static members hold none."""
+        return 0
+
 
 class Predictor(ABC):
     """Stands in for units that are not computed.  State is kept per (`context`, unit), see `Selector.context`.

@@ -94,6 +94,10 @@ class FirstBlockTest(Selector):
         self._residuals.clear()
         self._decisions.clear()
 
+    def memory_bytes(self) -> int:
+        """Bytes of the residuals that the test compares with, and of an input on its way to it."""
+        return stored_bytes([*self._inputs.values(), *self._residuals.values()])
+
     def computes(self, step: int, unit: int, hidden: Tensor | None) -> bool:
         """Unit 0: yes.  Unit 1: the test, on the residual between its input and unit 0's.  Others: as unit 1."""
         if hidden is None:

@@ -18,6 +18,7 @@ from trainers import diffusion_cases
 from trainers.cache_cases import cache_setup, dp_case, dp_segments
 from trainers.config import EvaluateConfig
 from trainers.diffusion_cases import Probe, reference_images
+from trainers.report import measure_cases
 from trainers.training import build_task
 from trainers.verdict import equal_latency_verdict, verdict_text
 
@@ -68,6 +69,11 @@ def test_every_operating_point_is_measured_beside_rivals_of_its_own(
     assert family == [f"its own table at {share}, {op}" for share in ("50%", "33%") for op in ops]
     assert all(work[name][0] == work[f"forecast {name.split()[4].rstrip(',')}"][0] for name in family)
     assert (work["forecast 50%"][0], work["forecast 33%"][0]) == (12, 8)
+    points = [case for case in setup.cases if case.kind in ("baseline", "adapter")]
+    settings = {"repeats": 5, "batch_size": 2, "timing_batch": 1, "quality_fns": {}}
+    rows = measure_cases(running, points, setup.inputs, setup.seeds, setup.reference, **settings)[1:]
+    prediction = 2 * 8 * 8 * 8 * 4  # halves of guidance, channels with variances, size, bytes; latents are half of it
+    assert [row.work["cache_bytes"] for row in rows] == [2 * 1.5 * prediction] * 2
     assert not any(getattr(module, "_diffusers_hook", None) for module in running.transformer.modules())
 
 

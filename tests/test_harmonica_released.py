@@ -88,5 +88,7 @@ def test_routers_of_another_backbone_are_refused(tmp_path: Path, capsys: pytest.
     name, source = save_tiny("dit", tmp_path), tmp_path / "x.pt"
     released(source, units=UNITS + 2)
     arguments = [f"source={source}", "method=harmonica", f"backbone.name={name}", f"output={tmp_path / 'adapter'}"]
+    assert convert.main([f"source={source}x", *arguments[1:]]) == 1
+    assert "x.ptx, and there is no such folder or file: give" in capsys.readouterr().err
     assert convert.main(arguments) == 1 and not (tmp_path / "adapter").exists()
     assert "routes 10 sub-modules but" in (said := capsys.readouterr().err) and "trained on, DiT-tiny" in said

@@ -161,6 +161,18 @@ def test_a_pickle_is_named_and_never_opened(tmp_path: Path, monkeypatch: pytest.
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("source", ["/nowhere/heads", "./heads", "heads", "some/where/heads"])
+def test_a_missing_folder_is_named_before_the_hub_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], source: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda *_, **__: pytest.fail("the Hub was asked"))
+    assert convert.main([f"source={source}", "backbone.name=embedded:llama", "output=adapter"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: source is {source}, and there is no such folder or file: give medusa: folder")
+    assert not (tmp_path / "adapter").exists()
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> str:
     from tests.tiny_medusa import save_tiny

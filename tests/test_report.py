@@ -12,6 +12,7 @@ from rich.console import Console
 from modules.pipelines import PixArtDriver
 from tests.tiny import PIXART_CALL, tiny_pixart_pipeline
 from trainers import report as reports
+from trainers.diffusion_cases import first_block_case, hold_case, taylor_case
 from trainers.image_quality import psnr_db
 from trainers.plots import save_grid
 from trainers.rows import Case, Row
@@ -240,6 +241,23 @@ def test_measured_rows_count_what_ran(driver):
     assert not driver.transformer._forward_pre_hooks and not any(
         module._forward_pre_hooks for module in driver.transformer.modules()
     )
+
+
+def test_what_a_cache_holds_is_counted_per_image(driver):
+    cases = [
+        case("8 steps", "baseline", 8),
+        hold_case(driver, 2, 1, 8),
+        taylor_case(driver, 2, 1, 8),
+        first_block_case(driver, 0.5, 8),
+    ]
+    rows = measure(driver, cases)
+    feature = 2 * 16 * 16 * 4  # halves of guidance, tokens, width, bytes
+    assert "cache_bytes" not in rows[0].work  # nobody knows what other libraries hold, and the plain sampler holds none
+    held, differences, first_block = (one.work["cache_bytes"] / feature for one in rows[1:])
+    assert held == 2 * 3 and differences == 2 * 2 * 3  # blocks and their sub-modules; value and difference of each
+    assert first_block == 2  # what is added, and the first block's residual that the test compares with
+    header, body = reports._header_and_cells([one.as_json() for one in rows])
+    assert [cells[header.index("bytes")] for cells in body] == ["", "12288", "24576", "4096"]
 
 
 @pytest.mark.parametrize(

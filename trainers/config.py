@@ -15,6 +15,12 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
+def names_repository(text: str) -> bool:
+    """Whether it is written as the Hub writes its repositories, namespace/name."""
+    owner, slash, name = text.partition("/")
+    return bool(slash and NAME.fullmatch(owner) and NAME.fullmatch(name))
+
+
 def _number_as_text(value: Any) -> Any:
     """`run=12` reaches us as a number; names are text."""
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
@@ -275,8 +281,7 @@ class PublishConfig(Section):
     @field_validator("repo")
     @classmethod
     def _repo_is_a_hub_id(cls, value: str) -> str:
-        owner, slash, name = value.partition("/")
-        if not (slash and NAME.fullmatch(owner) and NAME.fullmatch(name)):
+        if not names_repository(value):
             raise ValueError("namespace/name, each of letters, digits, '.', '_' and '-'")
         return value
 

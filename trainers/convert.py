@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from trainers.config import ConvertConfig
+from trainers.config import ConvertConfig, names_repository
 from trainers.recipes import exit_on_error, plain_command
 
 USAGE = """usage: python -m trainers.convert source=<folder, file or Hub id> backbone.name=... output=<folder> [...]
@@ -33,13 +34,16 @@ def run(config: ConvertConfig) -> None:
     """Write the adapter.
 
     Raises:
-        ValueError: the method converts nothing, or the source is refused.
+        ValueError: the method converts nothing, or the source is missing or refused.
     """
     from trainers.evaluation import method_module
 
     convert = getattr(method_module(config.method), "convert", None)
     if convert is None:
         raise ValueError(f"method is '{config.method}', for which there is nothing to convert from")
+    if not Path(config.source).exists() and not names_repository(config.source):
+        wanted = ConvertConfig.model_fields["source"].description
+        raise ValueError(f"source is {config.source}, and there is no such folder or file: give {wanted}")
     convert(config)
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from modules.diffusion_host import WorkCounter
+from modules.diffusion_host import WorkCounter, attached_reuse
 from trainers.plots import plot_rows, save_grid
 from trainers.rows import Case, Row
 from trainers.run_folder import atomic_write, versions
@@ -112,17 +112,26 @@ def _checked_baseline(cases: Sequence[Case], inputs: Sequence[Any], seeds: Seque
 def _generate_and_count(
     driver: Driver, case: Case, inputs: Sequence[Any], seeds: Sequence[int], batch_size: int
 ) -> tuple[Tensor, dict[str, float]]:
-    """All images of a case on the CPU, and its work per image (a call counts once for its whole batch)."""
+    """All images of a case on the CPU, and its work per image (a call counts once for its whole batch).
+
+    `cache_bytes`, what is held at the worst moment of the largest batch, is known of what the reuse host drives.
+    """
     parts = []
     with case.enter() as call, WorkCounter(driver.transformer) as counter:
         for module in case.counted():
             counter.also(module)
+        caches = attached_reuse(driver.transformer)
+        for cache in caches:
+            cache.watches_memory = True
         for start in range(0, len(inputs), batch_size):
             batch = slice(start, start + batch_size)
             parts.append(driver.generate(list(inputs[batch]), list(seeds[batch]), **call).float().cpu())
         work = counter.work()
     per_image = {"blocks": len(parts), "submodules": len(parts), "macs": len(inputs)}  # only macs grow with the batch
-    return torch.cat(parts), {name: count / per_image[name] for name, count in work.items()}
+    work = {name: count / per_image[name] for name, count in work.items()}
+    if caches:
+        work["cache_bytes"] = sum(cache.peak_bytes for cache in caches) / min(batch_size, len(inputs))
+    return torch.cat(parts), work
 
 
 def _row(

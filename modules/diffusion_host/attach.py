@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
-from diffusers.hooks.hooks import ModelHook
+from diffusers.hooks.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
 from modules.contracts import GRANULARITIES, Features, Granularity, Handle, Predictor, Selector
@@ -45,7 +45,7 @@ class ReuseHandle(Handle):
         clock: the step clock; call `clock.begin` by hand where no pipeline drives the transformer.
         unit_names: qualified names of the units, in the order in which selectors count them.
         student: while set, everything is computed and handed to it; selector and predictor have no say.
-        watches_memory: measures what is kept after every step; `peak_bytes` is the most of a trajectory's steps.
+        watches_memory: measures what is kept whenever a unit was taken note of; `peak_bytes` is the most so far.
     """
 
     def __init__(self, target: Any, selector: Selector, predictor: Predictor, units: list[_Unit]) -> None:
@@ -74,7 +74,7 @@ class ReuseHandle(Handle):
 
     def memory_bytes(self) -> int:
         """Bytes of features kept now."""
-        return self.predictor.memory_bytes()
+        return self.predictor.memory_bytes() + self.selector.memory_bytes()
 
     def use(self, selector: Selector, predictor: Predictor) -> None:
         """Lets other members of the same granularity take over; what was kept is freed.
@@ -105,6 +105,7 @@ class ReuseHandle(Handle):
                 remove_hook(module, self._name, root=self._root)
         self.clock.detach()
         self.predictor.reset()
+        self.selector.begin(None, len(self._units))
 
     def _begin(self) -> None:
         self.predictor.reset()
@@ -117,8 +118,6 @@ class ReuseHandle(Handle):
 
     def _plan(self) -> None:
         self.selector.context = self.predictor.context = self.clock.context
-        if self.watches_memory:
-            self.peak_bytes = max(self.peak_bytes, self.predictor.memory_bytes())
         step = self.clock.step
         known = step < len(self._computed)
         for unit in self._units:
@@ -143,6 +142,8 @@ class ReuseHandle(Handle):
             return streams.pack(self.student.blend(unit.index, self.clock.step, unit.inputs, outputs), kwargs)
         if unit.kept:
             self.predictor.observe(unit.index, self.clock.step, unit.inputs, outputs)
+            if self.watches_memory:
+                self.peak_bytes = max(self.peak_bytes, self.memory_bytes())
         else:
             self.predictor.release(unit.index)
         return output
@@ -186,6 +187,17 @@ class _UnitHook(ModelHook):  # type: ignore[misc]
         outputs = handle.predict(unit)
         unit.inputs = ()
         return self.streams.pack(outputs, kwargs)
+
+
+def attached_reuse(target: Any) -> list[ReuseHandle]:
+    """Every handle that is attached to a transformer, or to a pipeline's, whoever attached it."""
+    found: dict[int, ReuseHandle] = {}
+    for module in find_transformer(target).modules():
+        registry: HookRegistry | None = getattr(module, "_diffusers_hook", None)
+        for hook in registry.hooks.values() if registry is not None else ():
+            if isinstance(hook, _UnitHook):
+                found[id(hook.handle)] = hook.handle
+    return list(found.values())
 
 
 def kept_steps(computed: list[list[bool]], history: int) -> list[list[bool]]:
