@@ -13,6 +13,26 @@ from tests.hub_client import Client, client_process
 from tests.hub_server import HubServer
 
 
+@pytest.fixture(params=["pixart", "dit"])
+def kind(request: pytest.FixtureRequest) -> str:
+    """A tiny pipeline of `tests.tiny`."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a test file keeps its backbones."""
+    return tmp_path_factory.mktemp("backbones")
+
+
+@pytest.fixture
+def name(kind: str, saved: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The saved pipeline, as recipes name it."""
+    from tests.tiny_ilf import save_tiny  # not above: most tests need no pipeline, and importing one takes seconds
+
+    return save_tiny(kind, saved, monkeypatch)
+
+
 @pytest.fixture(scope="session")
 def hub_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[HubServer, Popen[str], Path]]:
     home = tmp_path_factory.mktemp("hub_home")

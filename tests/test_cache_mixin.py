@@ -18,11 +18,6 @@ from tests.tiny_ilf import INPUTS, SEEDS, hooked
 from trainers.training import build_task
 
 
-@pytest.fixture(params=["pixart", "dit"])
-def kind(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
 def test_an_adapter_is_enabled_as_the_library_enables_its_caches(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,18 +30,12 @@ from tests.tiny import (
     tiny_transformer,
 )
 
-KINDS = ("pixart", "dit")
 MEMBERS = {
     "hold": lambda: (EveryN(3), Hold(), "submodule"),
     "delta": lambda: (EveryN(2), Delta(), "block"),
     "taylor": lambda: (EveryN(3, warmup=2), Taylor(2), "submodule"),
     "first_block": lambda: (FirstBlockTest(0.5), Delta(), "span"),
 }
-
-
-@pytest.fixture(params=KINDS)
-def kind(request: pytest.FixtureRequest) -> str:
-    return request.param
 
 
 def attributes(model: nn.Module) -> dict[str, set[str]]:

@@ -32,21 +32,6 @@ from trainers.training import build_task, train
 STEPS = 8
 
 
-@pytest.fixture(params=["pixart", "dit"])
-def kind(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("backbones")
-
-
-@pytest.fixture
-def name(kind: str, saved: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    return save_tiny(kind, saved, monkeypatch)
-
-
 def module_at(pipe: Any, computed: list[list[int]], seed: int = 0) -> ForecastModule:
     """Random weights around holding the last prediction."""
     module = ForecastModule(

@@ -17,58 +17,10 @@ from modules.reuse import Taylor
 from modules.sites import block_stack
 from tests.contract_cases.harmonica import RECIPE, hard_final
 from tests.tiny import call_kwargs, tiny_pipeline
-from tests.tiny_forecast import save_tiny, tiny_recipe
-from tests.tiny_ilf import GUIDANCE, INPUTS, SEEDS, driver_of, hooked, latents_of_call, timesteps_of
+from tests.tiny_forecast import tiny_recipe
+from tests.tiny_harmonica import OPS, STEPS, config_of, random_mask, task_of, trained
+from tests.tiny_ilf import INPUTS, SEEDS, driver_of, hooked, latents_of_call
 from trainers.harmonica.student import SoftCache
-from trainers.harmonica.task import HarmoniCaTask
-from trainers.run_folder import RunFolder
-from trainers.training import build_task, train
-
-STEPS = 5
-OPS = ("hold", "taylor1", "taylor2", "linear")
-
-
-@pytest.fixture(params=["pixart", "dit"])
-def kind(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("backbones")
-
-
-@pytest.fixture
-def name(kind: str, saved: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    return save_tiny(kind, saved, monkeypatch)
-
-
-def task_of(name: str, **changes: str) -> HarmoniCaTask:
-    return build_task(tiny_recipe(name, RECIPE, **changes))
-
-
-def trained(name: str, folder: Path, **changes: str) -> HarmoniCaTask:
-    task = task_of(name, **changes)
-    folder.mkdir(parents=True)
-    train(task, RunFolder(folder))
-    return task
-
-
-def config_of(pipe: Any, granularity: str = "submodule", **changes: Any) -> HarmoniCaConfig:
-    stack = block_stack(pipe.transformer)
-    parts = [[f"{n}.{part}" for part in stack.submodules(i)] for i, n in enumerate(stack.names)]
-    units = {"submodule": sum(parts, []), "block": list(stack.names), "model": [type(pipe.transformer).__name__]}
-    values = {
-        "units": units[granularity], "routed": list(range(1, STEPS)), "timesteps": timesteps_of(pipe, STEPS),
-        "guidance": GUIDANCE, "granularity": granularity,
-    }  # fmt: skip
-    return HarmoniCaConfig(**{**values, **changes})
-
-
-def random_mask(units: int, seed: int = 0) -> Tensor:
-    mask = torch.rand(STEPS, units, generator=torch.Generator().manual_seed(seed)) < 0.5
-    mask[0] = True
-    return mask
 
 
 # Property 1.

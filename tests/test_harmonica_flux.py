@@ -31,11 +31,6 @@ from trainers.training import build_task, train
 STEPS, GUIDANCE, SEEDS, BLOCKS = 5, 3.0, [1, 2], DOUBLE + SINGLE
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("backbones")
-
-
 @pytest.fixture
 def name(saved: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return save_tiny_flux(saved, monkeypatch)

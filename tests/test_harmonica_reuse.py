@@ -10,11 +10,9 @@ from torch import Tensor
 
 from modules.harmonica import HarmoniCaConfig, RouterTable, attach_masks, predictor_of
 from modules.reuse import Delta, Hold, Taylor
-from tests.test_harmonica import OPS, config_of, kind, random_mask
 from tests.tiny import tiny_pipeline
+from tests.tiny_harmonica import OPS, config_of, random_mask
 from tests.tiny_ilf import INPUTS, SEEDS, driver_of, latents_of_call
-
-__all__ = ["kind"]
 
 
 # Property 8.

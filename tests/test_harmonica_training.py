@@ -15,9 +15,9 @@ from data.inputs import held_out_inputs
 from modules.diffusion_host import WorkCounter
 from modules.harmonica import attach_masks
 from modules.pipelines import driver, load_pipeline
-from tests.test_harmonica import kind, name, saved, task_of, trained
 from tests.tiny import tiny_pipeline
 from tests.tiny_forecast import save_tiny
+from tests.tiny_harmonica import task_of, trained
 from tests.tiny_ilf import driver_of, hooked
 from trainers.base import state_hash
 from trainers.forecast.fitting import Fitter, image_error, late_steps, mask_of
@@ -27,8 +27,6 @@ from trainers.noise_form import NoisePredictor
 from trainers.recipes import compose_recipe
 from trainers.run_folder import RunFolder
 from trainers.training import build_task, train
-
-__all__ = ["kind", "name", "saved"]
 
 
 # Property 5.

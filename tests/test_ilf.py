@@ -34,11 +34,6 @@ from tests.tiny_ilf import (
 TIMESTEPS = [901, 640, 333, 120]
 
 
-@pytest.fixture(params=["pixart", "dit"])
-def kind(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
 def bare_config(**changes: Any) -> ILFConfig:
     values = {"span_start": 1, "span_len": 2, "feedback": [True, False, True, True], "timesteps": TIMESTEPS}
     return ILFConfig(**{**values, "guidance": 1.0, **changes})

@@ -52,16 +52,6 @@ from trainers.training import build_task, train
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("backbones")
-
-
-@pytest.fixture(params=["pixart", "dit"])
-def kind(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
 def trained(name: str, folder: Path, **changes: str) -> ILFTask:
     """A task after a few updates, with strengths that show, and its adapter in `folder`."""
     task = build_task(tiny_recipe(name, **changes))

@@ -41,11 +41,6 @@ OBJECTIVES: dict[str, dict[str, str]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("backbones")
-
-
 @pytest.fixture(params=["pixart", "dit"])
 def backbone(request: pytest.FixtureRequest, saved: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return save_tiny(request.param, saved, monkeypatch)

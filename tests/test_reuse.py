@@ -22,13 +22,7 @@ from modules.reuse import Delta, EveryN, FirstBlockTest, Hold, StepTable, Taylor
 from modules.sites import block_stack
 from tests.tiny import denoise, generate, tiny_pipeline, tiny_transformer
 
-KINDS = ("pixart", "dit")
 SUBMODULES = [r"transformer_blocks\.\d+\.(attn1|attn2|ff)"]
-
-
-@pytest.fixture(params=KINDS)
-def kind(request: pytest.FixtureRequest) -> str:
-    return request.param
 
 
 def counted(model: nn.Module, kind: str, steps: int) -> tuple[list[Tensor], int, int]:

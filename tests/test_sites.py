@@ -19,11 +19,6 @@ from modules.sites import Streams, _streams, block_stack, find_transformer, subm
 from tests.tiny import cache_context, forward, tiny_pixart, tiny_pixart_pipeline, tiny_transformer
 
 
-@pytest.fixture(params=("pixart", "dit"))
-def kind(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
 def test_every_block_and_sub_module_is_found(kind: str) -> None:
     stack = block_stack(tiny_transformer(kind, layers=3))
     names = ["attn1", "attn2", "ff"] if kind == "pixart" else ["attn1", "ff"]

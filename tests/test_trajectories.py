@@ -25,11 +25,6 @@ from trainers.ilf.schedule import (
 STEPS = 5
 
 
-@pytest.fixture(params=["pixart", "dit"])
-def kind(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
 def record(kind: str, **changes: Any) -> Trajectories:
     settings = {"steps": STEPS, "guidance": GUIDANCE, **changes}
     return record_trajectories(tiny_driver(kind), INPUTS[kind], SEEDS, **settings)
