@@ -44,10 +44,12 @@ class Refit:
             if self.polish:
                 fitter = Fitter(self.short, self.searched // 2, self.ridge)
                 own = [step for step, computed in enumerate(mask) if computed]
-                # Small moves find the nearest minimum, and a router of few trajectories may be far from a good one.
-                starts = [own, late_steps(len(own), len(mask))]
-                ends = [search_steps(fitter, image_error(fitter), start, self.polish) for start in starts]
-                mask = mask_of(min(ends, key=lambda end: end[1])[0], len(mask))
+                # Small moves find the nearest minimum, and a router of few trajectories may be far from a good one:
+                # late steps are a second start.  One sweep tells which of the two is worth the others.
+                starts, judge = [own, late_steps(len(own), len(mask))], image_error(fitter)
+                ends = [search_steps(fitter, judge, start, 1) for start in starts]
+                nearer = min(ends, key=lambda end: end[1])[0]
+                mask = mask_of(search_steps(fitter, judge, nearer, self.polish - 1)[0], len(mask))
             outputs, inputs, _ = Fitter(self.walk, strength=self.ridge).fit(mask)
             self._known[router] = (torch.tensor(mask)[:, None], torch.cat([outputs, inputs], dim=1)[:, None])
         return self._known[router]

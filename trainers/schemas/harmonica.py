@@ -96,8 +96,8 @@ class Objective(Section):
     polish: int = Field(
         default=0,
         ge=0,
-        description="refit: sweeps in which the router's steps may still move by one or two, and late steps beside "
-        "them; the better end is taken",
+        description="refit: sweeps in which the router's steps may still move by one or two; in the first one late "
+        "steps move too, and what ended nearer goes on",
     )
     ridge: float = Field(default=1e-7, gt=0, description="refit: pull towards first-order Taylor")
     forecast_lr: float = Field(
