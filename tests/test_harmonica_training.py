@@ -160,16 +160,12 @@ def test_weights_are_refreshed_every_so_many_updates(saved: Path, tmp_path: Path
 # Property 10.
 @pytest.mark.slow
 def test_training_finds_where_half_of_the_work_goes(tmp_path: Path) -> None:
-    """As published, on the embedded DiT with 10 steps: the budget is met, and images are nearer than without learning.
+    """The embedded DiT with 10 steps and 120 trajectories: images are nearer than without learning.
 
-    It ended at 52.5%, and on two sets of inputs at 0.49 and 0.69 of the error of computing every second step.
+    On two sets of inputs it ended at 0.28 and 0.26 of the error of computing every second step, with seed 1 at 0.60 and
+    0.43; with 60 trajectories of steps twice as large at 0.49 to 0.88.
     """
-    settings = {
-        "module.steps": "10", "module.compute": "[]", "trainer.max_steps": str(9 * 120), "data.batch_size": "2",
-        "optimizer.lr": "0.3", "optimizer.schedule": "constant",
-        "objective.refresh": str(9 * 15), "objective.anneal": "0.4",
-        "objective.lambda_batch": "2", "objective.lambda_mean": "1", "objective.beta_rate": "1",
-    }  # fmt: skip
+    settings = {"module.steps": "10", "module.compute": "[]", "trainer.max_steps": str(9 * 120)}
     task = build_task(compose_recipe("harmonica_dit", settings))
     train(task, RunFolder(tmp_path))
     router, running = task.learned.router, task.running
@@ -189,7 +185,7 @@ def test_training_finds_where_half_of_the_work_goes(tmp_path: Path) -> None:
         learned, held, random = error(half), error(every_second), error(shuffled)
     assert float(router.mask().float().mean()) == pytest.approx(0.5, abs=0.03)
     assert int(half.sum()) == int(every_second.sum())
-    assert learned < 0.85 * held and learned < random / 4
+    assert learned < 0.5 * held and learned < random / 8
 
 
 # Property 12: the adapter meets its budget exactly (test_harmonica.py); what steers training towards it is this.
