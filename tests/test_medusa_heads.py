@@ -31,9 +31,10 @@ from transformers import (
 from modules.decode_host import DraftState
 from modules.medusa.chunked import chunked_sum
 from modules.medusa.config import READS, MedusaConfig
-from modules.medusa.drafter import DynamicMedusaDrafter, MedusaDrafter, StackedHeads
+from modules.medusa.drafter import DynamicMedusaDrafter, MedusaDrafter
 from modules.medusa.heads import MedusaHeads
 from modules.medusa.output_layer import OutputLayer, last_hidden_state
+from modules.medusa.stacked import StackedHeads
 
 V, D = 40, 16
 SIZES: dict[str, Any] = {
@@ -176,7 +177,8 @@ def test_stacked_heads_are_the_heads(name: str, vocabulary: str, reads: str) -> 
     ids = want.indices if vocabulary != "pruned" else DRAFTED[want.indices]
     assert torch.equal(tokens, ids) and torch.equal(stacked.tokens(hidden, 5, path_BR=path), ids)
     own = sum(parameter.nbytes for parameter in heads.parameters())
-    assert stacked.memory_bytes() == own + (DRAFTED.nbytes if vocabulary == "pruned" else 0)
+    named, scales = DRAFTED.nbytes if vocabulary == "pruned" else 0, 0 if reads == "state" else 4 * V
+    assert stacked.memory_bytes() == own + named + scales
 
 
 @torch.no_grad()
@@ -191,6 +193,21 @@ def test_heads_guess_by_what_they_read_and_by_nothing_else(layer: OutputLayer) -
     for use in (lambda: heads(hidden, layer, 1), lambda: heads(hidden, layer, 1, path=path[:, :1])):
         with pytest.raises(ValueError, match="this head reads 2 tokens after the state, and [01] are given"):
             use()
+
+
+@pytest.mark.parametrize("vocabulary", ["own", "tied", "low_rank"])
+@torch.no_grad()
+def test_heads_that_read_the_path_are_one_cell_however_many(layer: OutputLayer, vocabulary: str) -> None:
+    few, many = (scramble(heads_for(layer, vocabulary, count, reads="path")) for count in (2, 5))
+    assert few.state_dict().keys() == many.state_dict().keys()
+    assert all(map(torch.equal, few.parameters(), many.parameters()))
+    hidden, path = torch.randn(3, D), torch.randint(0, V, (3, 5))
+    assert torch.equal(few(hidden, layer, 1, path=path), many(hidden, layer, 1, path=path))
+    states = None
+    for head in range(5):  # going on from the head before is the same as beginning anew
+        states = many.states(hidden, layer, head, path, states)
+        torch.testing.assert_close(states, many.states(hidden, layer, head, path))
+        torch.testing.assert_close(many.guesses(states, layer, head), many(hidden, layer, head, path=path))
 
 
 CHOICES = [(0,), (1,), (0, 0), (0, 2), (1, 0), (0, 2, 1), (1, 0, 0), (0, 0, 3)]

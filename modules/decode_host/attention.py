@@ -25,7 +25,7 @@ def _attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, None]:
     """As `sdpa`, which repeats keys and values for every query head as soon as there is a mask.
 
     The copy grows with the context and is made in every layer.  On a CPU the fused kernel takes grouped heads with a
@@ -33,9 +33,10 @@ def _attention(
     """
     grouped = key.shape[1] != query.shape[1]
     if attention_mask is None or query.device.type != "cpu" or not grouped or kwargs.get("position_bias") is not None:
-        return sdpa_attention_forward(
+        out, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+        return out, None
     out = scaled_dot_product_attention(
         query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling, enable_gqa=True
     )

@@ -70,6 +70,12 @@ class OutputLayer:
         rows = functional.embedding(tokens, self.weight.detach())
         return functional.rms_norm(rows.float(), rows.shape[-1:]).to(rows.dtype)
 
+    def row_scales(self) -> Tensor:
+        """What `rows` scales each of the matrix's rows by, [V, 1], for who reads a few of them often."""
+        weight = self.weight.detach()
+        square = torch.linalg.vector_norm(weight, dim=-1, keepdim=True, dtype=torch.float32).square() / weight.shape[1]
+        return torch.rsqrt(square + torch.finfo(torch.float32).eps)
+
     def learned(self) -> list[nn.Parameter]:
         """What is trained of it: LoRA on the output matrix (Medusa-2), else nothing."""
         return [parameter for parameter in self.matrix.parameters() if parameter.requires_grad]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,7 +35,7 @@ from trainers.adapters import write_task_adapter
 from trainers.lora_task import LoraTask
 from trainers.medusa.calibration import Text, calibrated, greedy_texts
 from trainers.medusa.layouts import ENGINES, write_layout
-from trainers.medusa.objective import head_loss, head_weights
+from trainers.medusa.objective import head_losses, head_weights
 from trainers.schemas.medusa import Recipe
 
 WATCHED_NODES, WATCHED_PROMPTS = 16, 8
@@ -93,14 +94,25 @@ class MedusaTask(LoraTask):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Packed blocks, made when training begins: an export has no need of them."""
-        blocks, data = self._text(), self.settings.data
-        states = None if data.recorded is None else self._recorded(blocks, Path(data.recorded))
+        blocks = self._text()
+        folder = self._recording(blocks)
+        states = None if folder is None else self._recorded(blocks, folder)
 
         def fetch(index: Tensor) -> Batch:
             hidden, chosen = (None, blocks.select(index)) if states is None else states.batch(index)
             return chosen.input_ids, chosen.position_ids, chosen.labels, hidden
 
         return self.stepped_loader(fetch, len(blocks), self.settings.data.batch_size)
+
+    def _recording(self, blocks: Blocks) -> Path | None:
+        """The folder of the recorded states, if the recipe wants them; "auto" names it by backbone and text."""
+        named = self.settings.data.recorded
+        if named != "auto":
+            return None if named is None else Path(named)
+        told = hashlib.sha256(self.identity[0].encode())
+        for tensor in blocks.tensors().values():
+            told.update(tensor.numpy().tobytes())
+        return Path(self.settings.output_dir) / "recorded" / told.hexdigest()[:16]
 
     def _recorded(self, blocks: Blocks, folder: Path) -> RecordedStates:
         """The states of these blocks, read back or computed first."""
@@ -134,14 +146,11 @@ class MedusaTask(LoraTask):
 
     def _heads_loss(self, hidden: Tensor, blocks: Blocks) -> Tensor:
         objective, heads, rows = self.settings.objective, self.learned.heads, self._rows()
-        losses = []
-        for head, weight in enumerate(head_weights(heads.config.num_heads, objective.decay)):
-            found = head_loss(
-                heads, head, hidden, blocks, self.layer, kind=objective.loss, eta=objective.eta, rows=rows
-            )
-            losses.append(weight * found.loss)
-            self.note(**{f"accuracy_{head + 1}": found.accuracy, f"loss_{head + 1}": found.loss})
-        loss = torch.stack(losses).sum()
+        found = head_losses(heads, hidden, blocks, self.layer, kind=objective.loss, eta=objective.eta, rows=rows)
+        for number, one in enumerate(found, start=1):
+            self.note(**{f"accuracy_{number}": one.accuracy, f"loss_{number}": one.loss})
+        weights = head_weights(len(found), objective.decay)
+        loss = torch.stack([weight * one.loss for weight, one in zip(weights, found, strict=True)]).sum()
         self.note(loss=loss)
         return loss
 
