@@ -11,6 +11,7 @@ from torch.nn import functional
 from modules.medusa.heads import LowRankVocabulary, MedusaHeads, OwnVocabulary
 from modules.medusa.output_layer import OutputLayer
 
+_ALL = slice(None)
 _FEW = 6  # rows below which a product is faster with the matrix on its left (CPU)
 
 
@@ -53,7 +54,7 @@ class StackedHeads:
         """Where the heads are."""
         return self._blocks[0][0].device
 
-    def advance(self, states_kBD: Tensor, tokens_B: Tensor | None = None, heads: slice = slice(None)) -> Tensor:
+    def advance(self, states_kBD: Tensor, tokens_B: Tensor | None = None, heads: slice = _ALL) -> Tensor:
         """What the vocabularies of some heads multiply with, [k, B, D].
 
         Args:
@@ -63,14 +64,14 @@ class StackedHeads:
         states = states_kBD
         if self._path is not None and self._norm is not None and tokens_B is not None:
             rows = functional.embedding(tokens_B, self.backbone.weight.detach()) * self._norm[tokens_B]
-            matrix = self._path[self._own_parts(heads)]
+            matrix = self._of(self._path, heads)
             states = torch.baddbmm(states, rows.to(states.dtype).expand(len(matrix), -1, -1), matrix)
         for weight, bias in self._blocks:
-            part = self._own_parts(heads)
-            states = states + functional.silu(torch.baddbmm(bias[part], states, weight[part]))
+            inner = torch.baddbmm(self._of(bias, heads), states, self._of(weight, heads))
+            states = functional.silu(inner, inplace=True).add_(states)
         return states
 
-    def states(self, hidden_BD: Tensor, heads: slice = slice(None), path_BR: Tensor | None = None) -> Tensor:
+    def states(self, hidden_BD: Tensor, heads: slice = _ALL, path_BR: Tensor | None = None) -> Tensor:
         """The same from hidden states and all tokens after them, [k, B, D]; arguments as of `logits`."""
         hidden = hidden_BD.to(self._blocks[0][0].dtype)
         numbers = range(self.count)[heads]
@@ -83,7 +84,7 @@ class StackedHeads:
             walked.append(states)
         return torch.cat(walked[numbers.start :])
 
-    def logits(self, hidden_BD: Tensor, heads: slice = slice(None), path_BR: Tensor | None = None) -> Tensor:
+    def logits(self, hidden_BD: Tensor, heads: slice = _ALL, path_BR: Tensor | None = None) -> Tensor:
         """Logits [k, B, V'] of some heads.
 
         Args:
@@ -92,28 +93,30 @@ class StackedHeads:
         """
         return self.product(self.states(hidden_BD, heads, path_BR), heads)
 
-    def product(self, states_kBD: Tensor, heads: slice = slice(None)) -> Tensor:
+    def product(self, states_kBD: Tensor, heads: slice = _ALL) -> Tensor:
         """Logits [k, B, V'] of what `advance` gave."""
         if self.by_path and len(states_kBD) > 1:  # one matrix for all
             flat = self.product(states_kBD.flatten(0, 1)[None])
             return flat.view(*states_kBD.shape[:2], -1)
-        part = self._own_parts(heads)
         if self._own is not None:
-            product = _rows_times(states_kBD, self._own[part])
-            return self.backbone.finish(product if self._own_bias is None else product + self._own_bias[part])
+            product = _rows_times(states_kBD, self._of(self._own, heads))
+            bias = self._own_bias
+            return self.backbone.finish(product if bias is None else product + self._of(bias, heads))
         product = self.backbone.product(states_kBD)  # one read of the matrix for all heads
         if self._down is not None and self._up is not None:
-            product = product + _rows_times(_rows_times(states_kBD, self._down[part]), self._up[part])
+            down, up = self._of(self._down, heads), self._of(self._up, heads)
+            product = product + _rows_times(_rows_times(states_kBD, down), up)
         return self.backbone.finish(product)
 
-    def _own_parts(self, heads: slice) -> slice:
-        return slice(None) if self.by_path else heads
+    def _of(self, stacked: Tensor, heads: slice) -> Tensor:
+        """Some heads' part: the one there is, where all heads are one cell."""
+        return stacked if self.by_path or heads == _ALL else stacked[heads]
 
-    def guesses(self, states_kBD: Tensor, ranks: int, heads: slice = slice(None)) -> Tensor:
+    def guesses(self, states_kBD: Tensor, ranks: int, heads: slice = _ALL) -> Tensor:
         """The best tokens [k, B, R], best first, of what `advance` gave: no pass is spent on probabilities."""
         return self._named(self.product(states_kBD, heads).topk(ranks, dim=-1).indices)
 
-    def sure_guesses(self, states_kBD: Tensor, ranks: int, heads: slice = slice(None)) -> tuple[Tensor, Tensor]:
+    def sure_guesses(self, states_kBD: Tensor, ranks: int, heads: slice = _ALL) -> tuple[Tensor, Tensor]:
         """(log-probabilities, tokens) of these, each [k, B, R]."""
         logits = self.product(states_kBD, heads).float()
         best, guesses = logits.topk(ranks, dim=-1)
@@ -123,13 +126,13 @@ class StackedHeads:
         return guesses if self.token_ids is None else self.token_ids[guesses]
 
     def top(
-        self, hidden_BD: Tensor, ranks: int, heads: slice = slice(None), path_BR: Tensor | None = None
+        self, hidden_BD: Tensor, ranks: int, heads: slice = _ALL, path_BR: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """(log-probabilities, tokens) of the best guesses, each [k, B, R], best first; arguments as of `logits`."""
         return self.sure_guesses(self.states(hidden_BD, heads, path_BR), ranks, heads)
 
     def tokens(
-        self, hidden_BD: Tensor, ranks: int, heads: slice = slice(None), path_BR: Tensor | None = None
+        self, hidden_BD: Tensor, ranks: int, heads: slice = _ALL, path_BR: Tensor | None = None
     ) -> Tensor:
         """The tokens of `top` alone."""
         return self.guesses(self.states(hidden_BD, heads, path_BR), ranks, heads)

@@ -109,7 +109,7 @@ class MedusaTask(LoraTask):
         named = self.settings.data.recorded
         if named != "auto":
             return None if named is None else Path(named)
-        told = hashlib.sha256(self.identity[0].encode())
+        told = hashlib.sha256(f"{self.identity[0]} {self._mixed()}".encode())
         for tensor in blocks.tensors().values():
             told.update(tensor.numpy().tobytes())
         return Path(self.settings.output_dir) / "recorded" / told.hexdigest()[:16]
@@ -118,12 +118,19 @@ class MedusaTask(LoraTask):
         """The states of these blocks, read back or computed first."""
         if not (folder / INDEX_FILE).is_file():
             batch_size = self.settings.data.batch_size
-            return record_states(self.model, blocks, folder, fingerprint=self.identity[0], batch_size=batch_size)
+            return record_states(
+                self.model, blocks, folder, fingerprint=self.identity[0], batch_size=batch_size, dtype=self._mixed()
+            )
         states = RecordedStates(folder, self.identity[0])
         last = torch.tensor([len(states) - 1])
         if len(states) != len(blocks) or not torch.equal(states.batch(last)[1].labels, blocks.select(last).labels):
             raise ValueError(f"data.recorded is '{folder}', which holds states of another text: name a new folder")
         return states
+
+    def _mixed(self) -> torch.dtype | None:
+        """What mixed precision computes in, None without it."""
+        names = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+        return names.get(self.settings.trainer.precision)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One update's loss: the heads', and for Medusa-2 the backbone's own beside it."""
