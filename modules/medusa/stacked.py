@@ -131,9 +131,7 @@ class StackedHeads:
         """(log-probabilities, tokens) of the best guesses, each [k, B, R], best first; arguments as of `logits`."""
         return self.sure_guesses(self.states(hidden_BD, heads, path_BR), ranks, heads)
 
-    def tokens(
-        self, hidden_BD: Tensor, ranks: int, heads: slice = _ALL, path_BR: Tensor | None = None
-    ) -> Tensor:
+    def tokens(self, hidden_BD: Tensor, ranks: int, heads: slice = _ALL, path_BR: Tensor | None = None) -> Tensor:
         """The tokens of `top` alone."""
         return self.guesses(self.states(hidden_BD, heads, path_BR), ranks, heads)
 
