@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     CohereConfig,
     CohereForCausalLM,
     Gemma2Config,
@@ -28,6 +30,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+import data
 from modules.decode_host import DraftState
 from modules.medusa.chunked import chunked_sum
 from modules.medusa.config import READS, MedusaConfig
@@ -35,6 +38,7 @@ from modules.medusa.drafter import DynamicMedusaDrafter, MedusaDrafter
 from modules.medusa.heads import MedusaHeads
 from modules.medusa.output_layer import OutputLayer, last_hidden_state
 from modules.medusa.stacked import StackedHeads
+from trainers import recipes
 
 V, D = 40, 16
 SIZES: dict[str, Any] = {
@@ -329,3 +333,24 @@ def test_heads_of_another_shape_are_refused(layer: OutputLayer) -> None:
     config = MedusaConfig(hidden_size=D, vocab_size=V + 1)
     with pytest.raises(ValueError, match="know 41 tokens, but the backbone gives 16 and 40"):
         MedusaHeads(config).start_from(layer)
+
+
+@pytest.mark.parametrize(("vocabulary", "most"), [("tied", 0.05), ("own", 0.60)])
+def test_an_adapter_is_small_beside_its_backbone(vocabulary: str, most: float) -> None:
+    """The shipped recipe's heads in float32, as shares of the bytes of the embedded language model."""
+    own = {"module.vocabulary": vocabulary, "module.draft_vocab_size": "null"}
+    settings = recipes.compose_recipe("medusa_llama", own).module
+    backbone = AutoConfig.from_pretrained(Path(data.__file__).parent / "embedded" / "llama")
+    config = MedusaConfig(
+        hidden_size=backbone.hidden_size,
+        vocab_size=backbone.vocab_size,
+        num_heads=settings.num_heads,
+        num_blocks=settings.num_blocks,
+        vocabulary=vocabulary,
+        reads=settings.reads,
+    )
+    with torch.device("meta"):
+        sizes = [
+            sum(p.numel() for p in part.parameters()) for part in (MedusaHeads(config), LlamaForCausalLM(backbone))
+        ]
+    assert sizes[0] <= most * sizes[1]
