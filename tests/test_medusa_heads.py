@@ -124,6 +124,18 @@ def test_every_head_starts_as_the_backbones_own(name: str) -> None:
     torch.testing.assert_close(pruned(hidden, layer, 0), want[..., DRAFTED])
 
 
+@pytest.mark.parametrize("name", ["phi with an output bias", "gemma2 with a soft cap", "granite with a divisor"])
+@torch.no_grad()
+def test_logits_of_some_tokens_are_those_of_all(name: str) -> None:
+    layer, hidden = OutputLayer.of(small(name)), torch.randn(3, D)
+    want = layer.logits(hidden)
+    torch.testing.assert_close(layer.logits_among(DRAFTED)(hidden), want[:, DRAFTED])
+    assert torch.equal(layer.logits_among(None)(hidden), want)
+    other = type("Changed", (nn.Linear,), {})(D, V, bias=layer.bias is not None)
+    changed = OutputLayer(other, layer.scale, layer.soft_cap)
+    torch.testing.assert_close(changed.logits_among(DRAFTED)(hidden), changed.logits(hidden)[:, DRAFTED])
+
+
 def test_a_model_whose_logits_are_another_function_is_refused() -> None:
     class Odd(LlamaForCausalLM):
         def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -96,6 +96,16 @@ class OutputLayer:
         """The backbone's own logits [..., V] of last hidden states [..., D]."""
         return self.finish(self.product(hidden))
 
+    def logits_among(self, token_ids: Tensor | None) -> Callable[[Tensor], Tensor]:
+        """`logits` of some tokens alone, [..., V'] for int64 [V'], the others not being computed where possible."""
+        if token_ids is None:
+            return self.logits
+        if type(self.matrix) is not nn.Linear:  # LoRA, quantised
+            return lambda hidden: self.logits(hidden)[..., token_ids]
+        weight = self.weight.detach()[token_ids]
+        bias = None if self.bias is None else self.bias.detach()[token_ids]
+        return lambda hidden: self.finish(functional.linear(hidden.to(weight.dtype), weight, bias))
+
 
 def last_hidden_state(model: nn.Module, **inputs: Any) -> Tensor:
     """The state after the final norm [B, T, D], without the output matrix's product."""

@@ -101,12 +101,13 @@ def _head_loss(
         states, targets = states[named], targets[named]
         teacher = None if teacher is None else teacher[named]
 
+    teach = None if teacher is None else backbone.logits_among(heads.token_ids)
+
     def reduce(logits: Tensor, part: slice) -> tuple[Tensor, Tensor]:
         logits, theirs = logits.float(), None
-        if teacher is not None:
+        if teacher is not None and teach is not None:
             with torch.no_grad():
-                theirs = backbone.logits(teacher[part]).float()
-                theirs = theirs if heads.token_ids is None else theirs[:, heads.token_ids]
+                theirs = teach(teacher[part]).float()
         hits = (logits.detach().argmax(-1) == targets[part]).sum()
         return score(logits, theirs, targets[part]), hits
 
