@@ -26,7 +26,7 @@ from benchmarks import results
 from data.text import Blocks, TokenDocument, pack
 from modules.medusa import MedusaConfig, MedusaHeads, OutputLayer
 from modules.medusa.output_layer import last_hidden_state
-from trainers.medusa.objective import head_loss, head_weights, path_after, valid_targets
+from trainers.medusa.objective import head_losses, head_weights, path_after, valid_targets
 from trainers.timing import alternate, peak_memory
 
 DECAY = 0.8
@@ -34,21 +34,20 @@ DECAY = 0.8
 
 def heads_step(heads: MedusaHeads, layer: OutputLayer, hidden: torch.Tensor, blocks: Blocks, rows: int) -> None:
     """Loss and gradients of all heads as in training."""
-    weights = head_weights(heads.config.num_heads, DECAY)
-    losses = [
-        weight * head_loss(heads, head, hidden, blocks, layer, kind="ce", eta=3.0, rows=rows).loss
-        for head, weight in enumerate(weights)
-    ]
-    torch.stack(losses).sum().backward()
+    found = head_losses(heads, hidden, blocks, layer, kind="ce", eta=3.0, rows=rows)
+    weights = head_weights(len(found), DECAY)
+    torch.stack([weight * one.loss for weight, one in zip(weights, found, strict=True)]).sum().backward()
 
 
 def bare_step(heads: MedusaHeads, layer: OutputLayer, hidden: torch.Tensor, blocks: Blocks) -> None:
     """The same by plain autograd, with every head's logits in memory."""
-    losses = []
+    losses, states = [], None
+    n, t = torch.ones_like(blocks.labels).nonzero(as_tuple=True)
+    path, flat = path_after(blocks, n, t, heads.config.num_heads), hidden.flatten(0, 1)
     for head, weight in enumerate(head_weights(heads.config.num_heads, DECAY)):
-        ahead = head + 2
+        states, ahead = heads.states(flat, layer, head, path, states), head + 2
         n, t = valid_targets(blocks, ahead).nonzero(as_tuple=True)
-        logits = heads(hidden[n, t], layer, head, path=path_after(blocks, n, t, heads.config.tokens_read(head)))
+        logits = heads.guesses(states.view(*hidden.shape)[n, t], layer, head)
         losses.append(weight * functional.cross_entropy(logits.float(), blocks.labels[n, t + ahead]))
     torch.stack(losses).sum().backward()
 

@@ -46,14 +46,16 @@ def record_states(
     *,
     fingerprint: str,
     batch_size: int = 8,
+    dtype: torch.dtype | None = None,
     notify: Callable[[str], None] = print,
 ) -> RecordedStates:
-    """Computes and writes the state after the final norm of every token, in the model's dtype.
+    """Computes and writes the state after the final norm of every token.
 
     Files that a killed recording left whole are kept.
 
     Args:
         fingerprint: of the model (`checkpoints.manifest.fingerprint`); a reader with another one is refused.
+        dtype: of mixed precision, in which the states are then computed and kept; None for the model's own.
         notify: told the size before anything is written.
     Raises:
         ValueError: the folder holds another recording, or the disk has too little room.
@@ -61,10 +63,11 @@ def record_states(
     weight = next(model.parameters())
     width = int(model.config.hidden_size)
     count, length = blocks.input_ids.shape
-    bytes_each = length * (width * weight.element_size() + 3 * 8)
+    kept = weight.dtype if dtype is None else dtype
+    bytes_each = length * (width * kept.itemsize + 3 * 8)
     per_file = max(1, _FILE_BYTES // bytes_each)
     text = hashlib.sha256(blocks.input_ids.numpy().tobytes()).hexdigest()
-    index = _Index(fingerprint, text, count, length, width, str(weight.dtype).removeprefix("torch."), per_file)
+    index = _Index(fingerprint, text, count, length, width, str(kept).removeprefix("torch."), per_file)
     begun = _begun(folder, index)
     size = count * bytes_each - sum(path.stat().st_size for path in begun)
     notify(f"recording {count * length:,} hidden states of width {width} in {folder}: {size / 2**20:.1f} MiB")
@@ -76,10 +79,9 @@ def record_states(
         path = folder / _name(number)
         if path not in begun:
             part = blocks.select(slice(first, first + per_file))
-            states = [
-                last_hidden_state(model, **part.select(slice(i, i + batch_size)).to(weight.device).model_inputs()).cpu()
-                for i in range(0, len(part), batch_size)
-            ]
+            few = [part.select(slice(i, i + batch_size)).to(weight.device) for i in range(0, len(part), batch_size)]
+            with torch.autocast(weight.device.type, dtype, enabled=dtype is not None):
+                states = [last_hidden_state(model, **blocks.model_inputs()).to("cpu", kept) for blocks in few]
             _save(path, {"states": torch.cat(states), **part.tensors()})
     _write(folder / INDEX_FILE, json.dumps(asdict(index), indent=2).encode())
     (folder / _BEGUN_FILE).unlink()

@@ -69,7 +69,7 @@ def start(model: Any, ids: Tensor, cache: Any, room: int) -> Backbone:
     config = GenerationConfig(max_length=ids.shape[1] + room)
     config._mask_length = ids.shape[1]
     positions = torch.arange(ids.shape[1])[None].expand(len(ids), -1)
-    with torch.no_grad(), backbone.listening():
+    with torch.no_grad(), backbone.decoding():
         backbone.prefill(ids, config, {"past_key_values": cache, "position_ids": positions, "use_cache": True})
     return backbone
 
@@ -82,7 +82,7 @@ def test_4_each_nodes_state_is_that_of_its_path_alone(kind: str, attention: str,
     model, ids, shape = tiny_model(kind, attention), prompts(1, length=14)["input_ids"], TREES[tree]
     backbone = start(model, ids, DynamicCache(config=model.config), 100)
     tokens = torch.randint(0, VOCABULARY, (1, len(shape)), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad(), backbone.listening():
+    with torch.no_grad(), backbone.decoding():
         logits = backbone(tokens, shape.tables(torch.device("cpu")))
     hidden = backbone.hidden
     assert hidden is not None and hidden.shape == (1, len(shape), 32)

@@ -195,6 +195,20 @@ def test_recorded_states_are_the_models_own_and_are_read_by_number(tmp_path: Pat
     assert all(torch.equal(tensor, want.tensors()[name]) for name, tensor in of.tensors().items())
 
 
+@torch.no_grad()
+def test_states_of_mixed_precision_take_half_of_the_bytes(tmp_path: Path) -> None:
+    model, blocks, whole = recording(tmp_path / "whole")
+    half = recording(tmp_path / "half", dtype=torch.bfloat16)[2]
+    index = torch.arange(len(blocks))
+    with torch.autocast("cpu", torch.bfloat16):
+        want = model.model(**blocks.select(index).model_inputs()).last_hidden_state.bfloat16()
+    got, exact = half.batch(index)[0], whole.batch(index)[0]
+    assert got.dtype == torch.bfloat16 and not torch.equal(got.float(), exact)
+    torch.testing.assert_close(got, want, atol=0.05, rtol=0.05)  # batches of other sizes round otherwise
+    sizes = [sum(p.stat().st_size for p in (tmp_path / n / "states").glob("*.safetensors")) for n in ("half", "whole")]
+    assert sizes[0] - sizes[1] == pytest.approx(-blocks.input_ids.numel() * 32 * 2, rel=0.02)
+
+
 def test_a_killed_recording_goes_on_and_others_are_refused(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr("data.recorded._FILE_BYTES", 3 * 16 * (32 * 4 + 24))
     from data import recorded

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     CohereConfig,
     CohereForCausalLM,
     Gemma2Config,
@@ -28,12 +30,15 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+import data
 from modules.decode_host import DraftState
 from modules.medusa.chunked import chunked_sum
 from modules.medusa.config import READS, MedusaConfig
-from modules.medusa.drafter import DynamicMedusaDrafter, MedusaDrafter, StackedHeads
+from modules.medusa.drafter import DynamicMedusaDrafter, MedusaDrafter
 from modules.medusa.heads import MedusaHeads
 from modules.medusa.output_layer import OutputLayer, last_hidden_state
+from modules.medusa.stacked import StackedHeads
+from trainers import recipes
 
 V, D = 40, 16
 SIZES: dict[str, Any] = {
@@ -119,6 +124,18 @@ def test_every_head_starts_as_the_backbones_own(name: str) -> None:
     torch.testing.assert_close(pruned(hidden, layer, 0), want[..., DRAFTED])
 
 
+@pytest.mark.parametrize("name", ["phi with an output bias", "gemma2 with a soft cap", "granite with a divisor"])
+@torch.no_grad()
+def test_logits_of_some_tokens_are_those_of_all(name: str) -> None:
+    layer, hidden = OutputLayer.of(small(name)), torch.randn(3, D)
+    want = layer.logits(hidden)
+    torch.testing.assert_close(layer.logits_among(DRAFTED)(hidden), want[:, DRAFTED])
+    assert torch.equal(layer.logits_among(None)(hidden), want)
+    other = type("Changed", (nn.Linear,), {})(D, V, bias=layer.bias is not None)
+    changed = OutputLayer(other, layer.scale, layer.soft_cap)
+    torch.testing.assert_close(changed.logits_among(DRAFTED)(hidden), changed.logits(hidden)[:, DRAFTED])
+
+
 def test_a_model_whose_logits_are_another_function_is_refused() -> None:
     class Odd(LlamaForCausalLM):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -176,7 +193,8 @@ def test_stacked_heads_are_the_heads(name: str, vocabulary: str, reads: str) -> 
     ids = want.indices if vocabulary != "pruned" else DRAFTED[want.indices]
     assert torch.equal(tokens, ids) and torch.equal(stacked.tokens(hidden, 5, path_BR=path), ids)
     own = sum(parameter.nbytes for parameter in heads.parameters())
-    assert stacked.memory_bytes() == own + (DRAFTED.nbytes if vocabulary == "pruned" else 0)
+    named, scales = DRAFTED.nbytes if vocabulary == "pruned" else 0, 0 if reads == "state" else 4 * V
+    assert stacked.memory_bytes() == own + named + scales
 
 
 @torch.no_grad()
@@ -191,6 +209,21 @@ def test_heads_guess_by_what_they_read_and_by_nothing_else(layer: OutputLayer) -
     for use in (lambda: heads(hidden, layer, 1), lambda: heads(hidden, layer, 1, path=path[:, :1])):
         with pytest.raises(ValueError, match="this head reads 2 tokens after the state, and [01] are given"):
             use()
+
+
+@pytest.mark.parametrize("vocabulary", ["own", "tied", "low_rank"])
+@torch.no_grad()
+def test_heads_that_read_the_path_are_one_cell_however_many(layer: OutputLayer, vocabulary: str) -> None:
+    few, many = (scramble(heads_for(layer, vocabulary, count, reads="path")) for count in (2, 5))
+    assert few.state_dict().keys() == many.state_dict().keys()
+    assert all(map(torch.equal, few.parameters(), many.parameters()))
+    hidden, path = torch.randn(3, D), torch.randint(0, V, (3, 5))
+    assert torch.equal(few(hidden, layer, 1, path=path), many(hidden, layer, 1, path=path))
+    states = None
+    for head in range(5):  # going on from the head before is the same as beginning anew
+        states = many.states(hidden, layer, head, path, states)
+        torch.testing.assert_close(states, many.states(hidden, layer, head, path))
+        torch.testing.assert_close(many.guesses(states, layer, head), many(hidden, layer, head, path=path))
 
 
 CHOICES = [(0,), (1,), (0, 0), (0, 2), (1, 0), (0, 2, 1), (1, 0, 0), (0, 0, 3)]
@@ -312,3 +345,24 @@ def test_heads_of_another_shape_are_refused(layer: OutputLayer) -> None:
     config = MedusaConfig(hidden_size=D, vocab_size=V + 1)
     with pytest.raises(ValueError, match="know 41 tokens, but the backbone gives 16 and 40"):
         MedusaHeads(config).start_from(layer)
+
+
+@pytest.mark.parametrize(("vocabulary", "most"), [("tied", 0.05), ("own", 0.60)])
+def test_an_adapter_is_small_beside_its_backbone(vocabulary: str, most: float) -> None:
+    """The shipped recipe's heads in float32, as shares of the bytes of the embedded language model."""
+    own = {"module.vocabulary": vocabulary, "module.draft_vocab_size": "null"}
+    settings = recipes.compose_recipe("medusa_llama", own).module
+    backbone = AutoConfig.from_pretrained(Path(data.__file__).parent / "embedded" / "llama")
+    config = MedusaConfig(
+        hidden_size=backbone.hidden_size,
+        vocab_size=backbone.vocab_size,
+        num_heads=settings.num_heads,
+        num_blocks=settings.num_blocks,
+        vocabulary=vocabulary,
+        reads=settings.reads,
+    )
+    with torch.device("meta"):
+        sizes = [
+            sum(p.numel() for p in part.parameters()) for part in (MedusaHeads(config), LlamaForCausalLM(backbone))
+        ]
+    assert sizes[0] <= most * sizes[1]

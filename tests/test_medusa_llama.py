@@ -14,7 +14,7 @@ from modules.language_models import load_model
 from modules.medusa import MedusaConfig, MedusaHeads, OutputLayer, attach_heads
 from modules.medusa.heads import MedusaHead
 from modules.medusa.output_layer import last_hidden_state
-from trainers.medusa.objective import head_loss
+from trainers.medusa.objective import head_losses
 
 pytestmark = pytest.mark.slow
 PROMPTS, NEW, NODES = 200, 24, [[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0], [0, 0, 1], [0, 0, 0, 0]]
@@ -61,8 +61,8 @@ def trained_heads(model: Any, layer: OutputLayer, reads: str, steps: int = 40) -
         few = blocks.select((torch.arange(4) + 4 * step) % len(blocks))
         with torch.no_grad():
             hidden = last_hidden_state(model, **few.model_inputs())
-        losses = [head_loss(heads, k, hidden, few, layer, kind="ce", eta=0.0, rows=1024).loss for k in range(4)]
-        torch.stack(losses).sum().backward()
+        losses = head_losses(heads, hidden, few, layer, kind="ce", eta=0.0, rows=1024)
+        torch.stack([one.loss for one in losses]).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
     return heads.requires_grad_(False)

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from data.text import IGNORED, Blocks
-from modules.medusa.config import MedusaConfig
+from modules.medusa.config import READS, MedusaConfig
 from modules.medusa.heads import MedusaHeads
 from modules.medusa.output_layer import OutputLayer
-from trainers.medusa.objective import head_loss, head_weights, valid_targets
+from trainers.medusa.objective import head_losses, head_weights, valid_targets
 
 V, D, K = 11, 6, 2
 
@@ -45,30 +45,42 @@ def packed(rows: list[list[list[int]]], unspoken: dict[tuple[int, int], None] | 
 
 
 def by_hand(
-    heads: MedusaHeads, head: int, hidden: Tensor, layer: OutputLayer, pairs: list[tuple[int, int, int]]
+    heads: MedusaHeads,
+    head: int,
+    hidden: Tensor,
+    layer: OutputLayer,
+    pairs: list[tuple[int, int, int]],
+    blocks: Blocks | None = None,
 ) -> Tensor:
-    """Mean cross entropy over (row, position, target)."""
-    losses = [
-        functional.cross_entropy(heads(hidden[row, t][None], layer, head), torch.tensor([target]))
-        for row, t, target in pairs
-    ]
+    """Mean cross entropy over (row, position, target), heads reading the tokens of `blocks` from position + 1 on."""
+    losses = []
+    for row, t, target in pairs:
+        path = None if blocks is None else blocks.input_ids[row, t + 1 : t + 2 + head][None]
+        logits = heads(hidden[row, t][None], layer, head, path=path)
+        losses.append(functional.cross_entropy(logits, torch.tensor([target])))
     return torch.stack(losses).mean()
 
 
 def loss_of(heads: MedusaHeads, head: int, hidden: Tensor, blocks: Blocks, layer: OutputLayer, **changes: Any) -> Any:
-    return head_loss(heads, head, hidden, blocks, layer, **{"kind": "ce", "eta": 3.0, "rows": 1000, **changes})
+    return head_losses(heads, hidden, blocks, layer, **{"kind": "ce", "eta": 3.0, "rows": 1000, **changes})[head]
 
 
-def test_targets_stay_in_their_document_and_in_what_is_spoken(layer: OutputLayer) -> None:
+@pytest.mark.parametrize("reads", READS)
+def test_targets_stay_in_their_document_and_in_what_is_spoken(layer: OutputLayer, reads: str) -> None:
+    """Heads that read the path have gone over every token before; which positions count is each head's own."""
     blocks = packed([[[1, 2, 3, 4, 5], [6, 7, 8]], [[9, 10, 1], [2, 3, 4, 5, 6]]], {(0, 3): None})
-    heads, hidden = noisy_heads(layer), torch.randn(2, 8, D)
+    heads, hidden = noisy_heads(layer, reads=reads), torch.randn(2, 8, D)
     # (row, position, target): token t + 2 for the first head, t + 3 for the second; token 4 of row 0 is not spoken.
     first = [(0, 0, 3), (0, 2, 5), (0, 5, 8), (1, 0, 1), (1, 3, 4), (1, 4, 5), (1, 5, 6)]
     second = [(0, 1, 5), (1, 3, 5), (1, 4, 6)]
     for head, pairs in enumerate((first, second)):
         got = loss_of(heads, head, hidden, blocks, layer)
-        torch.testing.assert_close(got.loss, by_hand(heads, head, hidden, layer, pairs))
-        guesses = [heads(hidden[row, t], layer, head).argmax() == target for row, t, target in pairs]
+        torch.testing.assert_close(got.loss, by_hand(heads, head, hidden, layer, pairs, blocks))
+        path = [blocks.input_ids[row, t + 1 : t + 2 + head] for row, t, _ in pairs]
+        guesses = [
+            heads(hidden[row, t], layer, head, path=tokens).argmax() == target
+            for (row, t, target), tokens in zip(pairs, path, strict=True)
+        ]
         assert got.accuracy.item() == pytest.approx(sum(map(bool, guesses)) / len(pairs))
         assert valid_targets(blocks, head + 2).sum() == len(pairs)
 
@@ -97,8 +109,8 @@ def test_chunks_change_neither_loss_nor_gradient(layer: OutputLayer, kind: str, 
 
 def test_kl_and_lk_vanish_for_a_head_that_says_what_the_backbone_will(layer: OutputLayer) -> None:
     class Clairvoyant(MedusaHeads):
-        def forward(self, states: Tensor, *args: Any) -> Any:
-            return super().forward(self.later, *args)
+        def guesses(self, states: Tensor, backbone: OutputLayer, head: int, *args: Any) -> Any:
+            return super().guesses(self.later[: len(states)], backbone, head, *args)
 
     heads = Clairvoyant(MedusaConfig(hidden_size=D, vocab_size=V, num_heads=K, vocabulary="tied"))
     blocks, hidden = packed([[list(range(9))]]), torch.randn(1, 9, D)

@@ -126,6 +126,14 @@ def test_recorded_states_train_the_same_heads(tmp_path: Path) -> None:
     assert all(torch.equal(value, trained[1][name]) for name, value in trained[2].items())
 
 
+def test_states_find_a_folder_of_their_own_for_every_text(tmp_path: Path) -> None:
+    settings = {"data.recorded": "auto", "output_dir": str(tmp_path), "trainer__max_steps": "1"}
+    for number, period in enumerate((13, 13, 11)):
+        run(tiny_task(periodic(period, 24, period), **settings), tmp_path / f"run{number}")
+    folders = list((tmp_path / "recorded").iterdir())
+    assert len(folders) == 2 and all((folder / "index.json").is_file() for folder in folders)
+
+
 def gradients(task: Any, loss: Tensor) -> list[Tensor]:
     parameters = [p for part in task.lora_parts().values() for p in part.parameters()]
     return list(torch.autograd.grad(loss, parameters, allow_unused=False))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modules.decode_host.attention import grouped_attention
 from modules.decode_host.cache import keep_rows, prepare_cache, set_columns
 from modules.decode_host.masks import TreeMasks, windows_of
 from modules.decode_host.tree import TreeTables
@@ -52,19 +53,18 @@ class Backbone:
         return most
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Keeps what enters the output matrix, where a drafter reads it."""
-        if not self.keep_hidden:
-            yield
-            return
-        matrix = self.model.get_output_embeddings()
-        if matrix is None:
+    def decoding(self) -> Iterator[None]:
+        """Keeps what enters the output matrix, where a drafter reads it, and attends as suits trees."""
+        matrix = self.model.get_output_embeddings() if self.keep_hidden else None
+        if self.keep_hidden and matrix is None:
             raise ValueError(f"{type(self.model).__name__} has no output matrix, whose input the drafter reads")
-        hook = matrix.register_forward_pre_hook(self._keep)
-        try:
-            yield
-        finally:
-            hook.remove()
+        with grouped_attention(self.model):
+            hook = None if matrix is None else matrix.register_forward_pre_hook(self._keep)
+            try:
+                yield
+            finally:
+                if hook is not None:
+                    hook.remove()
 
     def _keep(self, module: Any, args: tuple[Tensor, ...]) -> None:
         self.hidden = args[0]

@@ -64,7 +64,7 @@ class DraftedDecoding:
         backbone = Backbone(model, self.drafter.needs_hidden)
         self.counts.generations += 1
         self.drafter.begin(output.rows)
-        with backbone.listening(), model._optimize_model_for_decode():
+        with backbone.decoding(), model._optimize_model_for_decode():
             logits = backbone.prefill(input_ids, config, model_kwargs)
             vocabulary = logits.shape[-1]
             trees, tokens = [ROOT_ALONE], input_ids[:, -1:].to(logits.device)

@@ -55,7 +55,7 @@ def pack(rows: Sequence[Branches], nodes: int) -> Draft:
         parents = [-1, *(index[path[:-1]] for path in paths)]
         # What fills up goes beside the deepest node, so that nodes stay sorted by depth.
         parents += [max(parents[-1], 0)] * (size - len(paths))
-        trees.append(Tree(tuple(parents)))
+        trees.append(Tree.of(tuple(parents)))
         tokens.append([path[-1] for path in paths] + [-1] * (size - len(paths)))
         chances.append([branches.chances[path] for path in paths] + [0.0] * (size - len(paths)))
     packed = torch.tensor(tokens, dtype=torch.long).reshape(len(rows), size)

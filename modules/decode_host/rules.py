@@ -58,7 +58,7 @@ class Exact(Rule):
             rows: [B, 1], which sequences these are.
             depth: [G, M], all below `levels`.
         """
-        return scores.argmax(dim=-1)
+        return _argmax(scores)
 
     def keep(self, scores: Tensor, tokens: Tensor, tables: TreeTables) -> tuple[Tensor, Tensor]:
         """See `Rule`."""
@@ -146,6 +146,13 @@ class Typical(Rule):
         entropy = torch.special.entr(chance).sum(dim=-1)
         # Equality rejects, so rounding must not make it an excess.
         return (self.delta * torch.exp(-entropy)).clamp(max=self.epsilon) * (1 + 1e-6)
+
+
+def _argmax(scores: Tensor) -> Tensor:
+    """The first best token.  A tree asks for it in every row, and numpy's is vectorised on a CPU, torch's is not."""
+    if scores.device.type == "cpu" and scores.dtype == torch.float32:
+        return torch.from_numpy(scores.detach().numpy().argmax(axis=-1))
+    return scores.argmax(dim=-1)
 
 
 def reached(kept: Tensor, tables: TreeTables) -> Tensor:

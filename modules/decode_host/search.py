@@ -115,7 +115,7 @@ def time_steps(
     inputs = {"past_key_values": DynamicCache(), "position_ids": torch.arange(context, device=device)[None]}
     trees = {n: Tree(tuple((node - 1) // 2 if node else -1 for node in range(n))) for n in rows}
     times: dict[int, list[float]] = {n: [] for n in rows}
-    with backbone.listening():
+    with backbone.decoding():
         backbone.prefill(ids, config, {**inputs, "use_cache": True})
         state = DraftState(ids.tolist(), ids[:, -1], _last(backbone.hidden), [True], max(rows))
         for one in dict.fromkeys(drafters.values()):

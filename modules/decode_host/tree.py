@@ -40,6 +40,12 @@ class Tree:
             if self.depths[node] < self.depths[node - 1]:
                 raise ValueError(f"node {node} at depth {self.depths[node]} follows a deeper one: sort nodes by depth")
 
+    @staticmethod
+    @lru_cache(maxsize=1024)
+    def of(parents: tuple[int, ...]) -> Tree:
+        """The tree of these parents, kept with what was derived of it: steps with trees of their own repeat them."""
+        return Tree(parents)
+
     @classmethod
     def from_choices(cls, choices: Iterable[Sequence[int]]) -> Tree:
         """A tree whose node (c_1, .., c_m) is the c_m-th best guess (from 0) at depth m, below (c_1, .., c_{m-1}).
@@ -157,6 +163,6 @@ class TreeTables:
         )
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=1024)
 def _tables(tree: Tree, device: torch.device) -> TreeTables:
     return TreeTables.of((tree,), device)

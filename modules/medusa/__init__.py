@@ -2,9 +2,10 @@
 
 from modules.medusa.attach import MedusaHandle, attach, attach_heads, heads_of, module_entry
 from modules.medusa.config import MedusaConfig
-from modules.medusa.drafter import MedusaDrafter, StackedHeads
+from modules.medusa.drafter import MedusaDrafter
 from modules.medusa.heads import MedusaHeads
 from modules.medusa.output_layer import OutputLayer
+from modules.medusa.stacked import StackedHeads
 
 CARD_NOTES = (
     "`model.generate` drafts by itself once the adapter is loaded: greedy text is the model's own token for token, "

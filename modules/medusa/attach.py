@@ -15,9 +15,10 @@ from modules.decode_host.generate import DraftedDecoding
 from modules.decode_host.rules import Rule
 from modules.lora import attach_lora, remove_lora, split_lora
 from modules.medusa.config import MedusaConfig
-from modules.medusa.drafter import MedusaDrafter, StackedHeads
+from modules.medusa.drafter import MedusaDrafter
 from modules.medusa.heads import MedusaHeads, check_shape
 from modules.medusa.output_layer import OutputLayer
+from modules.medusa.stacked import StackedHeads
 
 
 class MedusaHandle(DecodeHandle):

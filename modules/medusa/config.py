@@ -23,7 +23,7 @@ class MedusaConfig:
             (an own matrix over `draft_vocab_size` tokens only), "low_rank" (the backbone's plus a product of rank
             `rank`).
         reads: what a head guesses from beside the hidden state: "state" (nothing, Medusa), "root" (the token that the
-            backbone chose from it), "path" (that one, and the guesses that lead to its own, as Hydra's).
+            backbone chose from it), "path" (that one, and the guesses that lead to its own: one cell for all heads).
         output_bias: own and pruned matrices come with a bias, as the backbone's does.
         tree: the nodes of the drafted tree but its root, each as the ranks (from 0) that lead to it, parents first.
         hits: hits[k][r], how often rank r of head k was the token that the backbone went on to produce.
@@ -67,6 +67,11 @@ class MedusaConfig:
     def tokens_read(self, head: int) -> int:
         """How many of the tokens after the state a head reads, the root first."""
         return {"state": 0, "root": 1, "path": head + 1}[self.reads]
+
+    @property
+    def one_cell(self) -> bool:
+        """All heads are one module, applied once more for every token of the path."""
+        return self.reads == "path"
 
     @property
     def output_size(self) -> int:

@@ -2,118 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from modules.contracts import Drafter
 from modules.decode_host import Draft, DraftState, Tree, order_choices
-from modules.decode_host.merge import Branches, pack
 from modules.decode_host.search import draft_by_chance
 from modules.decode_host.tree import Choice
 from modules.medusa.config import MedusaConfig
-from modules.medusa.heads import LowRankVocabulary, MedusaHead, MedusaHeads, OwnVocabulary, path_rows
-from modules.medusa.output_layer import OutputLayer
+from modules.medusa.stacked import StackedHeads
 
 _WIDTH = 4  # nodes of a depth that a tree of the step's own goes on from
-
-
-class StackedHeads:
-    """All heads side by side, for the few states of a decode step: one kernel where training has one per head.
-
-    Shapes: B sequences, K heads, D hidden size, V' tokens that a head tells apart, R ranks.
-    """
-
-    def __init__(self, heads: MedusaHeads, backbone: OutputLayer) -> None:
-        parts = [cast(MedusaHead, head) for head in heads.heads]
-        self.backbone, self.token_ids = backbone, heads.token_ids
-        self.count, self.size = len(parts), heads.config.output_size
-        # [K, D, D] and [K, 1, D] of every block, ready for baddbmm.
-        self._blocks = [
-            (
-                torch.stack([head.block(block).linear.weight.detach() for head in parts]).transpose(1, 2),
-                torch.stack([head.block(block).linear.bias.detach() for head in parts])[:, None],
-            )
-            for block in range(heads.config.num_blocks)
-        ]
-        self.by_path = heads.config.reads == "path"  # a guess is known only when those before it are
-        self._paths = [head.path.weight.detach() for head in parts if head.path is not None]
-        own = [head.vocabulary for head in parts]
-        self._own = self._own_bias = self._down = self._up = None
-        if isinstance(own[0], OwnVocabulary):
-            self._own = _stack([cast(OwnVocabulary, v).weight for v in own])
-            if own[0].bias is not None:
-                self._own_bias = torch.stack([cast(Tensor, cast(OwnVocabulary, v).bias).detach() for v in own])[:, None]
-        elif isinstance(own[0], LowRankVocabulary):
-            self._down = _stack([cast(LowRankVocabulary, v).down for v in own])
-            self._up = _stack([cast(LowRankVocabulary, v).up for v in own])
-
-    @property
-    def device(self) -> torch.device:
-        """Where the heads are."""
-        return self._blocks[0][0].device
-
-    def logits(self, hidden_BD: Tensor, heads: slice = slice(None), path_BR: Tensor | None = None) -> Tensor:
-        """Logits [K, B, V'] of some heads.
-
-        Args:
-            hidden_BD: states.
-            path_BR: the tokens after them, as many as the last of these heads reads.
-        """
-        states = self._read(hidden_BD.to(self._blocks[0][0].dtype), heads, path_BR)
-        for weight, bias in self._blocks:
-            states = states + functional.silu(torch.baddbmm(bias[heads], states, weight[heads]))
-        if self._own is not None:
-            product = _rows_times(states, self._own[heads])
-            return self.backbone.finish(product if self._own_bias is None else product + self._own_bias[heads])
-        product = self.backbone.product(states)  # one read of the matrix for all heads
-        if self._down is not None and self._up is not None:
-            product = product + _rows_times(_rows_times(states, self._down[heads]), self._up[heads])
-        return self.backbone.finish(product)
-
-    def _read(self, hidden_BD: Tensor, heads: slice, path_BR: Tensor | None) -> Tensor:
-        """What the heads' blocks start at, [K, B, D]."""
-        if not self._paths:
-            return hidden_BD.expand(len(range(self.count)[heads]), *hidden_BD.shape)
-        matrices = self._paths[heads]
-        most = max(matrix.shape[1] for matrix in matrices) // hidden_BD.shape[1]
-        rows = path_rows(self.backbone, path_BR, most).to(hidden_BD.dtype)
-        return torch.stack([torch.addmm(hidden_BD, rows[:, : matrix.shape[1]], matrix.t()) for matrix in matrices])
-
-    def top(
-        self, hidden_BD: Tensor, ranks: int, heads: slice = slice(None), path_BR: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """(log-probabilities, tokens) of the best guesses, each [K, B, R], best first; arguments as of `logits`."""
-        logits = self.logits(hidden_BD, heads, path_BR).float()
-        best, guesses = logits.topk(ranks, dim=-1)
-        tokens = guesses if self.token_ids is None else self.token_ids[guesses]
-        return best - logits.logsumexp(-1, keepdim=True), tokens
-
-    def tokens(
-        self, hidden_BD: Tensor, ranks: int, heads: slice = slice(None), path_BR: Tensor | None = None
-    ) -> Tensor:
-        """The tokens of `top` alone: no pass over the logits is spent on probabilities."""
-        guesses = self.logits(hidden_BD, heads, path_BR).topk(ranks, dim=-1).indices
-        return guesses if self.token_ids is None else self.token_ids[guesses]
-
-    def memory_bytes(self) -> int:
-        """Bytes of the heads' own tensors."""
-        blocks = [tensor for pair in self._blocks for tensor in pair]
-        held = [*blocks, *self._paths, self._own, self._own_bias, self._down, self._up, self.token_ids]
-        return sum(tensor.nbytes for tensor in held if tensor is not None)
-
-
-def _rows_times(states_KBD: Tensor, matrix_KVD: Tensor) -> Tensor:
-    """[K, B, V].  With the matrix on the left: for a single row that takes a third of the time on a CPU."""
-    return torch.bmm(matrix_KVD, states_KBD.transpose(1, 2)).transpose(1, 2)
-
-
-def _stack(weights: Sequence[Tensor]) -> Tensor:
-    return torch.stack([weight.detach() for weight in weights])
 
 
 class MedusaDrafter(Drafter):
@@ -166,17 +70,17 @@ class MedusaDrafter(Drafter):
         return Draft(self.tree, tokens_BN, chance)
 
     def _by_path(self, hidden_BD: Tensor, root_B: Tensor) -> Tensor:
-        """The tree's tokens [B, N], a head after the other: each guesses below all nodes that have children."""
+        """The tree's tokens [B, N], depth after depth: guesses below all nodes that have children."""
         B, found = len(hidden_BD), []
-        path_BMR = root_B[:, None, None]
-        for head, level in enumerate(self._levels):
-            M = path_BMR.shape[1]
-            states = hidden_BD[:, None].expand(B, M, -1).reshape(B * M, -1)
-            guesses = self.heads.tokens(states, level.ranks, slice(head, head + 1), path_BMR.flatten(0, 1))
-            tokens_BC = guesses.view(B, -1).index_select(1, level.children)
-            found.append(tokens_BC)
-            above = path_BMR.index_select(1, level.above)
-            path_BMR = torch.cat([above, tokens_BC.index_select(1, level.parents)[:, :, None]], dim=2)
+        states, tokens = hidden_BD[None], root_B
+        for level in self._levels:
+            states = self.heads.advance(states, tokens)
+            guesses = self.heads.guesses(states, level.ranks)
+            drafted_BC = guesses.view(B, -1).index_select(1, level.children)
+            found.append(drafted_BC)
+            if len(level.parents):
+                tokens = drafted_BC.index_select(1, level.parents).flatten()
+                states = states.view(B, -1, states.shape[-1]).index_select(1, level.above).flatten(0, 1)[None]
         return torch.cat(found, dim=1)
 
     def memory_bytes(self) -> int:
@@ -199,32 +103,52 @@ class DynamicMedusaDrafter(Drafter):
         """The best nodes of this step."""
         hidden = cast(Tensor, state.hidden)
         if self.heads.by_path:
-            return pack(self._by_path(hidden, state), self.nodes)
+            return self._by_path(hidden, state.root)
         chances_KBR, tokens_KBR = self.heads.top(hidden, self.ranks, path_BR=state.root[:, None])
         return draft_by_chance(tokens_KBR.transpose(0, 1), chances_KBR.exp().transpose(0, 1), self.nodes)
 
-    def _by_path(self, hidden_BD: Tensor, state: DraftState) -> list[Branches]:
-        """Guesses of every head below the most probable guesses of the head before it."""
-        rows = [Branches() for _ in range(len(hidden_BD))]
-        wide: list[list[tuple[int, ...]]] = [[()] for _ in rows]
-        for head in range(self.heads.count):
-            paths = [(int(root), *path) for root, each in zip(state.root.tolist(), wide, strict=True) for path in each]
-            states = hidden_BD.repeat_interleave(len(wide[0]), dim=0)
-            asked = torch.tensor(paths, device=hidden_BD.device)
-            chances, tokens = self.heads.top(states, self.ranks, slice(head, head + 1), asked)
-            sure = chances[0].exp().view(len(rows), len(wide[0]), -1).tolist()
-            guesses = tokens[0].view(len(rows), len(wide[0]), -1).tolist()
-            for row, branches in enumerate(rows):
-                for path, values, ids in zip(wide[row], sure[row], guesses[row], strict=True):
-                    for value, token in zip(values, ids, strict=True):
-                        branches.add((*path, token), value * branches.chances.get(path, 1.0))
-                deep = [path for path in branches.chances if len(path) == head + 1]
-                wide[row] = sorted(deep, key=lambda path: -branches.chances[path])[: min(_WIDTH, self.ranks)]
-        return rows
+    def _by_path(self, hidden_BD: Tensor, root_B: Tensor) -> Draft:
+        """Guesses of every depth below the most probable guesses of the depth before it."""
+        B, D = hidden_BD.shape
+        states, tokens_BM, sure_BM = hidden_BD[None], root_B[:, None], hidden_BD.new_zeros(B, 1)
+        depths: list[tuple[Tensor, Tensor, Tensor]] = []
+        for _ in range(self.heads.count):
+            states = self.heads.advance(states, tokens_BM.flatten())
+            logs, tokens = (part.view(B, -1, self.ranks) for part in self.heads.sure_guesses(states, self.ranks))
+            sure_BC, place = (logs + sure_BM[:, :, None]).flatten(1).sort(dim=1, descending=True)
+            sure_BC, place = sure_BC[:, : self.nodes], place[:, : self.nodes]
+            above_BC, tokens_BC = place // self.ranks, tokens.flatten(1).gather(1, place)
+            depths.append((tokens_BC, sure_BC, above_BC))
+            tokens_BM, sure_BM, parent = tokens_BC[:, :_WIDTH], sure_BC[:, :_WIDTH], above_BC[:, :_WIDTH, None]
+            states = states.view(B, -1, D).gather(1, parent.expand(-1, -1, D)).flatten(0, 1)[None]
+        # To the host once: float64 holds token ids and float32 exactly.
+        columns = [torch.cat(each, dim=1).double() for each in zip(*depths, strict=True)]
+        return _most_probable(torch.stack(columns, dim=1).tolist(), [part[0].shape[1] for part in depths], self.nodes)
 
     def memory_bytes(self) -> int:
         """Bytes of the heads."""
         return self.heads.memory_bytes()
+
+
+def _most_probable(told: Sequence[Sequence[Sequence[float]]], sizes: Sequence[int], nodes: int) -> Draft:
+    """The most probable guesses of each sequence as its tree.
+
+    Args:
+        told: of each sequence (tokens, log-probabilities, places of the parents among the depth before), depth after
+            depth, of which `sizes` says how many guesses each has.
+    """
+    start = [sum(sizes[:depth]) for depth in range(len(sizes))]
+    depth_of = [depth for depth, size in enumerate(sizes) for _ in range(size)]
+    trees, drafted, sure = [], [], []
+    for tokens, logs, parents in told:
+        # A parent comes before its children, so that of equal chances it is taken first.
+        kept = sorted(sorted(range(len(logs)), key=lambda guess: -logs[guess])[:nodes])
+        node = {guess: number for number, guess in enumerate(kept, start=1)}
+        above = [node[start[depth - 1] + int(parents[g])] if (depth := depth_of[g]) else 0 for g in kept]
+        trees.append(Tree.of((-1, *above)))
+        drafted.append([int(tokens[guess]) for guess in kept])
+        sure.append([math.exp(logs[guess]) for guess in kept])
+    return Draft(trees[0] if len(trees) == 1 else tuple(trees), torch.tensor(drafted), sure)
 
 
 @dataclass(frozen=True)

@@ -95,16 +95,14 @@ class LowRankVocabulary(Vocabulary):
 class MedusaHead(nn.Module):
     """One head: L residual blocks, then logits.
 
-    A head that reads r tokens after the state starts its blocks at h + P [n(W[x_1]); ..; n(W[x_r])]: x_1 is the root,
-    chosen from h, W[x] a token's row of the output matrix, n the scaling to a mean square of one, P a matrix [D, r D]
-    that starts at zero.
+    A head that reads a token x starts its blocks at h + P n(W[x]): W[x] is the token's row of the output matrix, n the
+    scaling to a mean square of one, P a matrix [D, D] that starts at zero.
     """
 
-    def __init__(self, config: MedusaConfig, number: int) -> None:
+    def __init__(self, config: MedusaConfig) -> None:
         super().__init__()
         width = config.hidden_size
-        self.tokens_read = config.tokens_read(number)
-        self.path = nn.Linear(self.tokens_read * width, width, bias=False) if self.tokens_read else None
+        self.path = None if config.reads == "state" else nn.Linear(width, width, bias=False)
         if self.path is not None:
             nn.init.zeros_(self.path.weight)
         self.blocks = nn.Sequential(*(ResidualBlock(width) for _ in range(config.num_blocks)))
@@ -120,21 +118,13 @@ class MedusaHead(nn.Module):
         """One of the residual blocks."""
         return cast(ResidualBlock, self.blocks[number])
 
-    def forward(
-        self,
-        hidden: Tensor,
-        backbone: OutputLayer,
-        reduce: Reduce | None = None,
-        rows: int = 0,
-        path: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits [..., V'] of states [..., D] and the tokens after them [..., r]; with `reduce` see `Vocabulary`."""
+    def forward(self, states: Tensor, rows: Tensor | None = None) -> Tensor:
+        """What the vocabulary multiplies with, [..., D], of states and of what is read of a token, each [..., D]."""
         dtype = self.block(0).linear.weight.dtype
-        states = hidden.to(dtype)
-        if self.path is not None:
-            states = states + self.path(path_rows(backbone, path, self.tokens_read).to(dtype))
-        states = self.blocks(states)
-        return cast("Tensor | tuple[Tensor, Tensor]", self.vocabulary(states, backbone, reduce, rows))
+        states = states.to(dtype)
+        if self.path is not None and rows is not None:
+            states = states + self.path(rows.to(dtype))
+        return cast(Tensor, self.blocks(states))
 
 
 class MedusaHeads(nn.Module):
@@ -143,7 +133,9 @@ class MedusaHeads(nn.Module):
     Shapes: N positions, D hidden size, V' tokens that a head tells apart (all V unless pruned), K heads.
     Departs from the published code: biases start at zero and matrices as copies of the backbone's, so that every head
     starts as exactly the backbone's own; blocks of one head are different tensors; the tied, pruned and low-rank
-    vocabularies; heads that also read tokens, as Hydra's do (Ankner et al. 2024, arXiv:2402.05109).
+    vocabularies; heads that also read tokens.  Those that read the path (as in Hydra, Ankner et al. 2024,
+    arXiv:2402.05109) are one and the same cell, applied once more for every token (as in ReDrafter, Cheng et al. 2024,
+    arXiv:2403.09919).
     """
 
     token_ids: Tensor | None
@@ -151,7 +143,7 @@ class MedusaHeads(nn.Module):
     def __init__(self, config: MedusaConfig) -> None:
         super().__init__()
         self.config = config
-        self.heads = nn.ModuleList(MedusaHead(config, number) for number in range(config.num_heads))
+        self.heads = nn.ModuleList(MedusaHead(config) for _ in range(1 if config.one_cell else config.num_heads))
         ids = None if config.draft_vocab_size is None else torch.zeros(config.draft_vocab_size, dtype=torch.int64)
         self.register_buffer("token_ids", ids)
 
@@ -176,6 +168,37 @@ class MedusaHeads(nn.Module):
             cast(MedusaHead, head).vocabulary.start_from(backbone, token_ids)
         return self
 
+    def head(self, number: int) -> MedusaHead:
+        """The module that makes the guesses of a head, from 0."""
+        return cast(MedusaHead, self.heads[0 if self.config.one_cell else number])
+
+    def states(
+        self, hidden: Tensor, backbone: OutputLayer, head: int, path: Tensor | None = None, above: Tensor | None = None
+    ) -> Tensor:
+        """What a head's vocabulary multiplies with, [..., D].
+
+        Args:
+            hidden: last hidden states [..., D], after the final norm; any float dtype.
+            head: from 0; what it guesses after position t is token t + 2 + head.
+            path: int64 [..., r or more], the tokens after each state, for heads that read them (`MedusaConfig.reads`).
+            above: this function's result for the head before, which heads that read the path go on from.
+        Raises:
+            ValueError: there are no paths, or shorter ones than the head reads.
+        """
+        one, count = self.head(head), self.config.tokens_read(head)
+        if not count:
+            return cast(Tensor, one(hidden))
+        if path is None or path.shape[-1] < count:
+            given = 0 if path is None else path.shape[-1]
+            raise ValueError(
+                f"this head reads {count} tokens after the state, and {given} are given: pass them as path"
+            )
+        goes_on = above is not None and self.config.one_cell
+        states = cast(Tensor, above) if goes_on else hidden
+        for place in range(count - 1 if goes_on else 0, count):
+            states = one(states, backbone.rows(path[..., place]))
+        return states
+
     def forward(
         self,
         hidden: Tensor,
@@ -185,28 +208,19 @@ class MedusaHeads(nn.Module):
         rows: int = 0,
         path: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits of one head.
+        """Logits of one head, [..., V']; arguments as of `states`.
 
         Args:
-            hidden: last hidden states [..., D], after the final norm; any float dtype.
-            head: from 0; its logits at position t are for token t + 2 + head.
             reduce, rows: the sum of `reduce` over chunks of `rows` rows is returned instead, see `chunked_sum`;
                 `hidden` is [N, D] then.
-            path: int64 [..., r or more], the tokens after each state, for heads that read them (`MedusaConfig.reads`).
         """
-        return cast("Tensor | tuple[Tensor, Tensor]", self.heads[head](hidden, backbone, reduce, rows, path))
+        return self.guesses(self.states(hidden, backbone, head, path), backbone, head, reduce, rows)
 
-
-def path_rows(backbone: OutputLayer, path: Tensor | None, count: int) -> Tensor:
-    """What a head reads of the first `count` tokens of paths [..., r]: [..., count D].
-
-    Raises:
-        ValueError: there are no paths, or shorter ones.
-    """
-    if path is None or path.shape[-1] < count:
-        given = 0 if path is None else path.shape[-1]
-        raise ValueError(f"this head reads {count} tokens after the state, and {given} are given: pass them as path")
-    return backbone.rows(path[..., :count]).flatten(-2)
+    def guesses(
+        self, states: Tensor, backbone: OutputLayer, head: int, reduce: Reduce | None = None, rows: int = 0
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The same for what `states` gave."""
+        return cast("Tensor | tuple[Tensor, Tensor]", self.head(head).vocabulary(states, backbone, reduce, rows))
 
 
 def check_shape(config: MedusaConfig, backbone: OutputLayer) -> None:

@@ -70,6 +70,12 @@ class OutputLayer:
         rows = functional.embedding(tokens, self.weight.detach())
         return functional.rms_norm(rows.float(), rows.shape[-1:]).to(rows.dtype)
 
+    def row_scales(self) -> Tensor:
+        """What `rows` scales each of the matrix's rows by, [V, 1], for who reads a few of them often."""
+        weight = self.weight.detach()
+        square = torch.linalg.vector_norm(weight, dim=-1, keepdim=True, dtype=torch.float32).square() / weight.shape[1]
+        return torch.rsqrt(square + torch.finfo(torch.float32).eps)
+
     def learned(self) -> list[nn.Parameter]:
         """What is trained of it: LoRA on the output matrix (Medusa-2), else nothing."""
         return [parameter for parameter in self.matrix.parameters() if parameter.requires_grad]
@@ -89,6 +95,16 @@ class OutputLayer:
     def logits(self, hidden: Tensor) -> Tensor:
         """The backbone's own logits [..., V] of last hidden states [..., D]."""
         return self.finish(self.product(hidden))
+
+    def logits_among(self, token_ids: Tensor | None) -> Callable[[Tensor], Tensor]:
+        """`logits` of some tokens alone, [..., V'] for int64 [V'], the others not being computed where possible."""
+        if token_ids is None:
+            return self.logits
+        if type(self.matrix) is not nn.Linear:  # LoRA, quantised
+            return lambda hidden: self.logits(hidden)[..., token_ids]
+        weight = self.weight.detach()[token_ids]
+        bias = None if self.bias is None else self.bias.detach()[token_ids]
+        return lambda hidden: self.finish(functional.linear(hidden.to(weight.dtype), weight, bias))
 
 
 def last_hidden_state(model: nn.Module, **inputs: Any) -> Tensor:

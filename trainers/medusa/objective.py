@@ -39,9 +39,8 @@ def head_weights(count: int, decay: float) -> list[float]:
     return [decay ** (k + 1) for k in range(count)]
 
 
-def head_loss(
+def head_losses(
     heads: MedusaHeads,
-    head: int,
     hidden_NLD: Tensor,
     blocks: Blocks,
     backbone: OutputLayer,
@@ -49,41 +48,77 @@ def head_loss(
     kind: Kind,
     eta: float,
     rows: int,
-) -> HeadLoss:
-    """The loss of one head over packed blocks, normalised by its own count of valid targets.
+) -> list[HeadLoss]:
+    """The loss of every head over packed blocks, normalised by its own count of valid targets.
+
+    Position t of head k (from 0) is compared with token t + 2 + k.
 
     Args:
-        head: from 0; position t is compared with token t + 2 + head.
         hidden_NLD: the backbone's last hidden states, detached; also the teacher's: softmax of its logits at t + 1 +
-            head, which no further forward has to produce.
+            k, which no further forward has to produce.
         rows: positions whose logits exist at a time.
     """
-    ahead = head + 2
-    n, t = valid_targets(blocks, ahead).nonzero(as_tuple=True)
-    targets, valid = blocks.labels[n, t + ahead], len(n)
+    valid, found, states = _valid_by_head(blocks, heads.config.num_heads), [], None
+    n, t = valid.any(0).nonzero(as_tuple=True)
+    hidden, path = hidden_NLD[n, t], path_after(blocks, n, t, heads.config.num_heads)
+    for head in range(heads.config.num_heads):
+        states = heads.states(hidden, backbone, head, path, states)
+        mine = valid[head, n, t]
+        place = n[mine], t[mine] + head + 2
+        wanted = _Wanted(blocks.labels[place], hidden_NLD[place[0], place[1] - 1].detach() if kind != "ce" else None)
+        found.append(_head_loss(heads, head, states[mine], wanted, backbone, _SCORES[kind](eta), rows))
+    return found
+
+
+def _valid_by_head(blocks: Blocks, count: int) -> Tensor:
+    """[K, N, L]: `valid_targets` of every head, nothing being valid where a block has ended."""
+    length = blocks.labels.shape[1]
+    each = [valid_targets(blocks, head + 2) for head in range(count)]
+    return torch.stack([functional.pad(valid, (0, length - valid.shape[1])) for valid in each])
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What one head is compared with: tokens [n], and the states [n, D] that the backbone said them from, or None."""
+
+    tokens: Tensor
+    teacher: Tensor | None
+
+
+def _head_loss(
+    heads: MedusaHeads,
+    head: int,
+    states: Tensor,
+    wanted: _Wanted,
+    backbone: OutputLayer,
+    score: Rows,
+    rows: int,
+) -> HeadLoss:
+    targets, teacher, valid = wanted.tokens, wanted.teacher, len(wanted.tokens)
     if heads.token_ids is not None:  # targets that a pruned head cannot name teach it nothing, and are misses
         targets = _number_among(heads.token_ids, heads.config.vocab_size)[targets]
-        n, t, targets = (values[targets >= 0] for values in (n, t, targets))
-    teacher = hidden_NLD[n, t + ahead - 1].detach() if kind != "ce" else None
-    score = _SCORES[kind](eta)
+        named = targets >= 0
+        states, targets = states[named], targets[named]
+        teacher = None if teacher is None else teacher[named]
+
+    teach = None if teacher is None else backbone.logits_among(heads.token_ids)
 
     def reduce(logits: Tensor, part: slice) -> tuple[Tensor, Tensor]:
-        logits, wanted = logits.float(), None
-        if teacher is not None:
+        logits, theirs = logits.float(), None
+        if teacher is not None and teach is not None:
             with torch.no_grad():
-                wanted = backbone.logits(teacher[part]).float()
-                wanted = wanted if heads.token_ids is None else wanted[:, heads.token_ids]
+                theirs = teach(teacher[part]).float()
         hits = (logits.detach().argmax(-1) == targets[part]).sum()
-        return score(logits, wanted, targets[part]), hits
+        return score(logits, theirs, targets[part]), hits
 
-    path = path_after(blocks, n, t, heads.config.tokens_read(head))
-    total, hits = cast("tuple[Tensor, Tensor]", heads(hidden_NLD[n, t], backbone, head, reduce, rows, path))
-    return HeadLoss(total / max(1, len(n)), hits / max(1, valid))
+    total, hits = cast("tuple[Tensor, Tensor]", heads.guesses(states, backbone, head, reduce, rows))
+    return HeadLoss(total / max(1, len(targets)), hits / max(1, valid))
 
 
 def path_after(blocks: Blocks, n: Tensor, t: Tensor, count: int) -> Tensor:
-    """The `count` tokens [.., count] after the positions t of the blocks n."""
-    return blocks.input_ids[n[:, None], t[:, None] + torch.arange(1, count + 1, device=t.device)]
+    """The `count` tokens [.., count] after the positions t of the blocks n; past a block's end its last token again."""
+    places = t[:, None] + torch.arange(1, count + 1, device=t.device)
+    return blocks.input_ids[n[:, None], places.clamp(max=blocks.input_ids.shape[1] - 1)]
 
 
 def _number_among(token_ids: Tensor, vocabulary: int) -> Tensor:

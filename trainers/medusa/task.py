@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,7 +35,7 @@ from trainers.adapters import write_task_adapter
 from trainers.lora_task import LoraTask
 from trainers.medusa.calibration import Text, calibrated, greedy_texts
 from trainers.medusa.layouts import ENGINES, write_layout
-from trainers.medusa.objective import head_loss, head_weights
+from trainers.medusa.objective import head_losses, head_weights
 from trainers.schemas.medusa import Recipe
 
 WATCHED_NODES, WATCHED_PROMPTS = 16, 8
@@ -93,8 +94,9 @@ class MedusaTask(LoraTask):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Packed blocks, made when training begins: an export has no need of them."""
-        blocks, data = self._text(), self.settings.data
-        states = None if data.recorded is None else self._recorded(blocks, Path(data.recorded))
+        blocks = self._text()
+        folder = self._recording(blocks)
+        states = None if folder is None else self._recorded(blocks, folder)
 
         def fetch(index: Tensor) -> Batch:
             hidden, chosen = (None, blocks.select(index)) if states is None else states.batch(index)
@@ -102,16 +104,33 @@ class MedusaTask(LoraTask):
 
         return self.stepped_loader(fetch, len(blocks), self.settings.data.batch_size)
 
+    def _recording(self, blocks: Blocks) -> Path | None:
+        """The folder of the recorded states, if the recipe wants them; "auto" names it by backbone and text."""
+        named = self.settings.data.recorded
+        if named != "auto":
+            return None if named is None else Path(named)
+        told = hashlib.sha256(f"{self.identity[0]} {self._mixed()}".encode())
+        for tensor in blocks.tensors().values():
+            told.update(tensor.numpy().tobytes())
+        return Path(self.settings.output_dir) / "recorded" / told.hexdigest()[:16]
+
     def _recorded(self, blocks: Blocks, folder: Path) -> RecordedStates:
         """The states of these blocks, read back or computed first."""
         if not (folder / INDEX_FILE).is_file():
             batch_size = self.settings.data.batch_size
-            return record_states(self.model, blocks, folder, fingerprint=self.identity[0], batch_size=batch_size)
+            return record_states(
+                self.model, blocks, folder, fingerprint=self.identity[0], batch_size=batch_size, dtype=self._mixed()
+            )
         states = RecordedStates(folder, self.identity[0])
         last = torch.tensor([len(states) - 1])
         if len(states) != len(blocks) or not torch.equal(states.batch(last)[1].labels, blocks.select(last).labels):
             raise ValueError(f"data.recorded is '{folder}', which holds states of another text: name a new folder")
         return states
+
+    def _mixed(self) -> torch.dtype | None:
+        """What mixed precision computes in, None without it."""
+        names = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+        return names.get(self.settings.trainer.precision)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One update's loss: the heads', and for Medusa-2 the backbone's own beside it."""
@@ -134,14 +153,11 @@ class MedusaTask(LoraTask):
 
     def _heads_loss(self, hidden: Tensor, blocks: Blocks) -> Tensor:
         objective, heads, rows = self.settings.objective, self.learned.heads, self._rows()
-        losses = []
-        for head, weight in enumerate(head_weights(heads.config.num_heads, objective.decay)):
-            found = head_loss(
-                heads, head, hidden, blocks, self.layer, kind=objective.loss, eta=objective.eta, rows=rows
-            )
-            losses.append(weight * found.loss)
-            self.note(**{f"accuracy_{head + 1}": found.accuracy, f"loss_{head + 1}": found.loss})
-        loss = torch.stack(losses).sum()
+        found = head_losses(heads, hidden, blocks, self.layer, kind=objective.loss, eta=objective.eta, rows=rows)
+        for number, one in enumerate(found, start=1):
+            self.note(**{f"accuracy_{number}": one.accuracy, f"loss_{number}": one.loss})
+        weights = head_weights(len(found), objective.decay)
+        loss = torch.stack([weight * one.loss for weight, one in zip(weights, found, strict=True)]).sum()
         self.note(loss=loss)
         return loss
 

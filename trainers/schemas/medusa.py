@@ -76,8 +76,8 @@ class Data(Section):
     batch_size: PositiveInt = Field(default=8, description="blocks per update and device, prompts decoded at a time")
     recorded: Text | None = Field(
         default=None,
-        description="folder for the backbone's last hidden states of all blocks, computed once and streamed back; null "
-        "runs the backbone in every update",
+        description="folder for the backbone's last hidden states of all blocks, computed once and streamed back, or "
+        "auto for one under output_dir that fits the text; null runs the backbone in every update",
     )
     prompts: Text | None = Field(
         default=None, description="where held-out prompts for calibration come from, as path; null takes path"
