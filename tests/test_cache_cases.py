@@ -13,6 +13,7 @@ from modules.pipelines import driver, load_pipeline
 from tests.test_report import row
 from tests.tiny import tiny_pipeline
 from tests.tiny_forecast import save_tiny, tiny_recipe
+from tests.tiny_harmonica import task_of
 from tests.tiny_ilf import GUIDANCE, INPUTS, SEEDS, driver_of
 from trainers import diffusion_cases
 from trainers.cache_cases import cache_setup, dp_case, dp_segments
@@ -75,6 +76,24 @@ def test_every_operating_point_is_measured_beside_rivals_of_its_own(
     prediction = 2 * 8 * 8 * 8 * 4  # halves of guidance, channels with variances, size, bytes; latents are half of it
     assert [row.work["cache_bytes"] for row in rows] == [2 * 1.5 * prediction] * 2
     assert not any(getattr(module, "_diffusers_hook", None) for module in running.transformer.modules())
+
+
+def test_router_and_forecast_are_measured_beside_their_own_steps(tmp_path: Path) -> None:
+    changes = {"module.granularity": "model", "module.reuse_op": "linear", "module.steps": "6"}
+    task = task_of(save_tiny("dit", tmp_path), **changes)
+    task.export_adapter(tmp_path / "adapter")
+    config = EvaluateConfig.model_validate(
+        {"adapter": str(tmp_path), "evaluation": {"inputs": 2, "timing_batch": 2, "rivals": "family"}}
+    )
+    setup = cache_setup(task.running, tmp_path / "adapter", config)
+    probe = Probe(driver=task.running, inputs=setup.inputs, seeds=setup.seeds, reference=setup.reference)
+    own = {case.name.removeprefix("harmonica "): probe.run(case) for case in setup.cases if case.kind == "adapter"}
+    ops = ("hold", "Taylor 1", "Taylor 2")
+    family = {case.name: probe.run(case) for case in setup.cases if case.kind == "peer"}
+    assert len(own) == 2 and list(family) == [f"its own table at {share}, {op}" for share in own for op in ops]
+    for share, (blocks, _) in own.items():
+        assert [family[f"its own table at {share}, {op}"][0] for op in ops] == [blocks] * 3
+    assert len({quality for _, quality in family.values()}) > len(own)  # they are not all the same
 
 
 def test_each_operating_point_gets_a_verdict() -> None:
