@@ -29,6 +29,11 @@ class Module(Section):
         description="what a head guesses from beside the hidden state: nothing (Medusa), the token that the backbone "
         "chose from it, or that one and the guesses before its own (Hydra); serving engines load the first kind only",
     )
+    layers: list[PositiveInt] = Field(
+        default_factory=list,
+        description="decoder layers, from 1, whose outputs the heads read beside the last hidden state (EAGLE-3); "
+        "serving engines load heads without",
+    )
     stored: Literal["backbone", "bfloat16"] = Field(
         default="backbone",
         description="dtype of the adapter's numbers; they run in the backbone's, and only guess, so half of float32's "
@@ -52,6 +57,8 @@ class Module(Section):
                 "vocabulary low_rank needs rank" if self.vocabulary == "low_rank" else
                 f"rank is for vocabulary low_rank, not for {self.vocabulary}"
             )  # fmt: skip
+        if sorted(set(self.layers)) != self.layers:
+            raise ValueError(f"layers is {self.layers}: name each layer once, in their order")
         return self
 
 
