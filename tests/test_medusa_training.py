@@ -133,6 +133,18 @@ def test_recorded_states_train_the_same_heads(tmp_path: Path, loss: str, layers:
     assert all(torch.equal(value, trained[1][name]) for name, value in trained[2].items())
 
 
+def test_drawn_positions_are_the_same_again_and_others_in_every_update(tmp_path: Path) -> None:
+    task = tiny_task(periodic(13, 24, 13), objective__positions="20", trainer__max_steps="2")
+    drawn: list[list[int]] = []
+    draw = task._draw
+    task._draw = lambda count: (drawn.append((chosen := draw(count)).tolist()), chosen)[1]
+    run(task, tmp_path / "one")
+    again = tiny_task(periodic(13, 24, 13), objective__positions="20", trainer__max_steps="2")
+    assert len(drawn) == 2 and all(len(set(each)) == 20 for each in drawn) and drawn[0] != drawn[1]
+    want, got = task.learned.state_dict(), run(again, tmp_path / "two").learned.state_dict()
+    assert all(torch.equal(want[name], got[name]) for name in want)
+
+
 def test_states_find_a_folder_of_their_own_for_every_text(tmp_path: Path) -> None:
     settings = {"data.recorded": "auto", "output_dir": str(tmp_path), "trainer__max_steps": "1"}
     for number, period in enumerate((13, 13, 11)):

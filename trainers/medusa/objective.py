@@ -58,6 +58,7 @@ def head_losses(
     kind: Kind,
     eta: float,
     rows: int,
+    draw: Callable[[int], Tensor] | None = None,
 ) -> list[HeadLoss]:
     """The loss of every head over packed blocks, normalised by its own count of valid targets.
 
@@ -67,9 +68,13 @@ def head_losses(
         features_NLF: the backbone's last hidden states, detached, and beside them the outputs of layers that the heads
             read; also the teacher's: softmax of its logits at t + 1 + k, which no further forward has to produce.
         rows: positions whose logits exist at a time.
+        draw: which of so many positions count, int64 [n]; None for all.
     """
     valid, found, states = _valid_by_head(blocks, heads.config.num_heads), [], None
     n, t = valid.any(0).nonzero(as_tuple=True)
+    if draw is not None:
+        drawn = draw(len(n)).to(n.device)
+        n, t = n[drawn], t[drawn]
     hidden, path = heads.enter(features_NLF[n, t]), path_after(blocks, n, t, heads.config.num_heads)
     last_NLD = features_NLF[..., : heads.config.hidden_size].detach()
     for head in range(heads.config.num_heads):

@@ -167,13 +167,20 @@ class MedusaTask(LoraTask):
 
     def _heads_loss(self, hidden: Tensor, blocks: Blocks) -> Tensor:
         objective, heads, rows = self.settings.objective, self.learned.heads, self._rows()
-        found = head_losses(heads, hidden, blocks, self.layer, kind=objective.loss, eta=objective.eta, rows=rows)
+        draw = None if objective.positions is None else self._draw
+        found = head_losses(
+            heads, hidden, blocks, self.layer, kind=objective.loss, eta=objective.eta, rows=rows, draw=draw
+        )
         for number, one in enumerate(found, start=1):
             self.note(**{f"accuracy_{number}": one.accuracy, f"loss_{number}": one.loss})
         weights = head_weights(len(found), objective.decay)
         loss = torch.stack([weight * one.loss for weight, one in zip(weights, found, strict=True)]).sum()
         self.note(loss=loss)
         return loss
+
+    def _draw(self, count: int) -> Tensor:
+        """Some of so many positions, without repeats; the base seeds each rank's random numbers for every batch."""
+        return torch.randperm(count)[: self.settings.objective.positions]
 
     def _rows(self) -> int:
         """Positions whose logits exist at a time."""

@@ -104,6 +104,11 @@ class Objective(Section):
     )
     decay: float = Field(default=0.8, gt=0, le=1, description="weight of head k is decay^k")
     eta: float = Field(default=3.0, ge=0, description="how soon LK turns from KL to the accepted share")
+    positions: PositiveInt | None = Field(
+        default=None,
+        description="positions of a batch that an update looks at, drawn anew each time; null for all.  Neighbours say "
+        "nearly the same, so with recorded states few of each of many blocks teach more than all of a few",
+    )
     logits_mib: PositiveInt = Field(
         default=256, description="MiB of logits that exist at a time, whatever vocabulary, heads and batch are"
     )
