@@ -21,7 +21,7 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
-from modules.decode_host.growing import GrowingLayer
+from modules.decode_host.growing import GrowingLayer, give_room
 
 LAYERS = (DynamicLayer, GrowingLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
 
@@ -48,10 +48,7 @@ def prepare_cache(cache: Any, length: int) -> int | None:
         for index, layer in enumerate(cache.layers):
             if type(layer) is DynamicSlidingWindowLayer and empty:
                 cache.layers[index] = GrowingLayer()
-            elif type(layer) is DynamicLayer:
-                cache.layers[index] = GrowingLayer.of(layer)
-        if cache.layer_class_to_replicate is DynamicLayer:
-            cache.layer_class_to_replicate = GrowingLayer
+        give_room(cache)
     for layer in cache.layers:
         if type(layer) not in LAYERS and hasattr(layer, "keys"):
             raise ValueError(

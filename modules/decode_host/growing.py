@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 _LEAST = 64  # rows of room beyond what is held, or a quarter of that
 
@@ -50,6 +50,16 @@ class GrowingLayer(DynamicLayer):
             self._rooms[which] = room
         room[..., length:total, :] = rows
         return room[..., :total, :]
+
+
+def give_room(cache: DynamicCache) -> DynamicCache:
+    """Lets the layers of a dynamic cache grow in place, but for those that keep a window only; returns the cache."""
+    for index, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            cache.layers[index] = GrowingLayer.of(layer)
+    if cache.layer_class_to_replicate is DynamicLayer:
+        cache.layer_class_to_replicate = GrowingLayer
+    return cache
 
 
 def _fits(room: Tensor, rows: Tensor, total: int) -> bool:
