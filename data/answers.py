@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    DynamicCache,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
@@ -19,6 +20,7 @@ from transformers import (
 
 from data.records import Record
 from data.stepped import derive_seed
+from modules.decode_host.growing import give_room
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +143,8 @@ class Answerer:
         out = self.model.generate(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], do_sample=False,
             max_new_tokens=self.sampling.max_new_tokens, pad_token_id=tokenizer.pad_token_id,
-            logits_processor=self._processors(seeds), **_GREEDY,
+            logits_processor=self._processors(seeds), past_key_values=give_room(DynamicCache(config=self.model.config)),
+            **_GREEDY,
         )  # fmt: skip
         ends = self._ends()
         answers = []

@@ -124,10 +124,12 @@ class Drafter(ABC):
     """Guesses the tokens that follow; the decode host verifies a step's guesses in one backbone call.
 
     Whatever is guessed, the text is the backbone's own: guesses decide only how many calls it takes.  `needs_hidden`
-    members read the state's `hidden`, which is not kept for the others.
+    members read the state's `hidden`, which is not kept for the others; it also has the outputs of their
+    `hidden_layers`, decoder layers by number from 1 (`modules.hidden_states.side_by_side`).
     """
 
     needs_hidden: bool = True
+    hidden_layers: Sequence[int] = ()
 
     def begin(self, prompts: Sequence[Sequence[int]]) -> None:  # noqa: B027 - most members keep nothing
         """Starts a generation with the ids of each sequence, without padding: forget the last one."""

@@ -22,6 +22,10 @@ class Hybrid(Drafter):
             raise ValueError(f"nodes is {nodes}, but a tree to share has 1 or more")
         self.members, self.nodes = (first, second), nodes
         self.needs_hidden = first.needs_hidden or second.needs_hidden
+        readers = [tuple(member.hidden_layers) for member in self.members if member.needs_hidden]
+        if len(set(readers)) > 1:
+            raise ValueError(f"two drafters of one tree read the same hidden states, and these read layers {readers}")
+        self.hidden_layers = readers[0] if readers else ()
 
     def begin(self, prompts: Sequence[Sequence[int]]) -> None:
         """See `Drafter`."""

@@ -12,6 +12,7 @@ from transformers import DynamicCache, GenerationConfig, StaticCache
 from modules.decode_host import Tree, attach_drafter
 from modules.decode_host.backbone import Backbone
 from modules.decode_host.cache import keep_rows, set_columns
+from modules.medusa.output_layer import features
 from tests.tiny_decode import TREES, VOCABULARY, Knowing, Ragged, plain, prompts, texts, tiny_model
 
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 16}
@@ -64,8 +65,8 @@ def test_3_after_every_commit_the_cache_is_a_fresh_one(
     assert batch == 1 or any(len(set(each)) > 1 for each in lengths), "all rows grew alike"
 
 
-def start(model: Any, ids: Tensor, cache: Any, room: int) -> Backbone:
-    backbone = Backbone(model, keep_hidden=True)
+def start(model: Any, ids: Tensor, cache: Any, room: int, layers: tuple[int, ...] = ()) -> Backbone:
+    backbone = Backbone(model, True, layers)
     config = GenerationConfig(max_length=ids.shape[1] + room)
     config._mask_length = ids.shape[1]
     positions = torch.arange(ids.shape[1])[None].expand(len(ids), -1)
@@ -91,6 +92,31 @@ def test_4_each_nodes_state_is_that_of_its_path_alone(kind: str, attention: str,
             alone = model(torch.cat([ids, tokens[:, list(path)]], dim=1)).logits[0, -1]
         torch.testing.assert_close(logits[0, node], alone, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(model.get_output_embeddings()(hidden), logits)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2_sliding", "phi"])
+def test_layers_outputs_are_those_of_the_text_alone(kind: str) -> None:
+    """In the prompt's last row, and in every node of a tree."""
+    model, ids, shape = tiny_model(kind), prompts(1, length=14)["input_ids"], TREES["dense"]
+    backbone = start(model, ids, DynamicCache(config=model.config), 100, layers=(1, 2))
+    last = backbone.hidden
+    assert last is not None and last.shape == (1, 1, 96)
+    torch.testing.assert_close(last, features(model, (1, 2), input_ids=ids)[:, -1:], atol=1e-4, rtol=1e-4)
+    tokens = torch.randint(0, VOCABULARY, (1, len(shape)), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(), backbone.decoding():
+        backbone(tokens, shape.tables(torch.device("cpu")))
+    assert backbone.hidden is not None
+    for node, path in enumerate(shape.paths):
+        with torch.no_grad():
+            alone = features(model, (1, 2), input_ids=torch.cat([ids, tokens[:, list(path)]], dim=1))[0, -1]
+        torch.testing.assert_close(backbone.hidden[0, node], alone, atol=1e-4, rtol=1e-4)
+    assert not any(module._forward_hooks for module in model.modules()), "a hook is left"
+
+
+def test_layers_that_a_model_does_not_have_are_refused() -> None:
+    model, ids = tiny_model("llama"), prompts(1)["input_ids"]
+    with pytest.raises(ValueError, match=r"layers is \[1, 9\], but a LlamaForCausalLM has layers 1 to 2"):
+        start(model, ids, DynamicCache(config=model.config), 8, layers=(1, 9))
 
 
 def test_rows_that_were_rejected_are_gone_and_a_step_may_be_taken_back() -> None:

@@ -16,6 +16,7 @@ from data.answers import Answerer, Sampling, SeededChoice
 from data.recorded import RecordedStates, record_states
 from data.records import read_records, tokenize
 from data.text import TokenDocument, pack
+from modules.medusa.output_layer import features
 from tests.tiny_language import save_tiny_llama, tiny_llama, tiny_tokenizer
 from trainers import distill
 
@@ -207,6 +208,27 @@ def test_states_of_mixed_precision_take_half_of_the_bytes(tmp_path: Path) -> Non
     torch.testing.assert_close(got, want, atol=0.05, rtol=0.05)  # batches of other sizes round otherwise
     sizes = [sum(p.stat().st_size for p in (tmp_path / n / "states").glob("*.safetensors")) for n in ("half", "whole")]
     assert sizes[0] - sizes[1] == pytest.approx(-blocks.input_ids.numel() * 32 * 2, rel=0.02)
+
+
+@torch.no_grad()
+def test_only_the_states_that_are_needed_are_kept(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("data.recorded._FILE_BYTES", 2500)
+    needed = torch.rand(9, 16, generator=torch.Generator().manual_seed(0)) < 0.3
+    needed[4] = False
+    shown: list[str] = []
+    model, blocks, whole = recording(tmp_path / "whole", layers=(1, 2))
+    part = recording(tmp_path / "part", layers=(1, 2), needed=needed, notify=shown.append)[2]
+    index, all_states = torch.tensor([8, 4, 0, 3]), whole.batch(torch.arange(9))[0]
+    assert all_states.shape[-1] == 3 * 32 and part.layers == (1, 2)
+    torch.testing.assert_close(all_states, features(model, (1, 2), **blocks.model_inputs()), atol=1e-5, rtol=1e-5)
+    got, of = part.batch(index)
+    want = torch.where(needed[index][..., None], all_states[index], 0.0)
+    torch.testing.assert_close(got, want)
+    assert torch.equal(of.labels, blocks.labels[index])
+    files = list((tmp_path / "part" / "states").glob("*.safetensors"))
+    announced = float(re.search(r": (\d+\.\d) MiB", shown[0])[1])
+    assert len(files) > 3 and abs(announced - sum(path.stat().st_size for path in files) / 2**20) < 0.06
+    assert part.covers(needed) and not part.covers(~needed) and whole.covers(~needed)
 
 
 def test_a_killed_recording_goes_on_and_others_are_refused(tmp_path: Path, monkeypatch: Any) -> None:

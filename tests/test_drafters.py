@@ -203,7 +203,12 @@ def test_hybrid_holds_every_path_once_and_the_most_probable_nodes() -> None:
     assert paths(Hybrid(one, other, nodes=4).propose(state([0]))) == {(1,), (2,), (1, 3), (1, 3, 5)}
     doubtful = Fixed(Tree.chain(3), [1, 3, 5], [0.15, 0.12, 0.11])  # of two opinions the better one counts
     assert paths(Hybrid(one, doubtful, nodes=2).propose(state([0]))) == {(1,), (1, 3)}
-    assert hybrid.needs_hidden and hybrid.memory_bytes() == 14
+    assert hybrid.needs_hidden and hybrid.memory_bytes() == 14 and hybrid.hidden_layers == ()
+    other.hidden_layers = (2, 4)
+    assert Hybrid(one, other).hidden_layers == (2, 4)
+    one.needs_hidden = True
+    with pytest.raises(ValueError, match=r"read layers \[\(\), \(2, 4\)\]"):
+        Hybrid(one, other)
     hybrid.begin([[1]])
     hybrid.end([[1, 2]])
     assert one.heard == other.heard == ["begin", "end"]

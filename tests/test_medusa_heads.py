@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from modules.medusa.chunked import chunked_sum
 from modules.medusa.config import READS, MedusaConfig
 from modules.medusa.drafter import DynamicMedusaDrafter, MedusaDrafter
 from modules.medusa.heads import MedusaHeads
-from modules.medusa.output_layer import OutputLayer, last_hidden_state
+from modules.medusa.output_layer import OutputLayer, features, last_hidden_state
 from modules.medusa.stacked import StackedHeads
 from trainers import recipes
 
@@ -78,7 +79,12 @@ def small(name: str) -> Any:
 
 
 def heads_for(
-    layer: OutputLayer, vocabulary: str = "own", num_heads: int = 3, num_blocks: int = 1, reads: str = "state"
+    layer: OutputLayer,
+    vocabulary: str = "own",
+    num_heads: int = 3,
+    num_blocks: int = 1,
+    reads: str = "state",
+    layers: Sequence[int] = (),
 ) -> MedusaHeads:
     """Heads as a training begins with them."""
     config = MedusaConfig(
@@ -90,6 +96,7 @@ def heads_for(
         draft_vocab_size=len(DRAFTED) if vocabulary == "pruned" else None,
         rank=4 if vocabulary == "low_rank" else None,
         reads=reads,
+        layers=list(layers),
         output_bias=vocabulary in ("own", "pruned") and layer.bias is not None,
     )
     return MedusaHeads(config).start_from(layer, DRAFTED if vocabulary == "pruned" else None)
@@ -120,6 +127,12 @@ def test_every_head_starts_as_the_backbones_own(name: str) -> None:
         for reads in READS:
             heads, path = heads_for(layer, vocabulary, num_blocks=2, reads=reads), ids[..., None].expand(-1, -1, 3)
             assert all(torch.equal(heads(hidden, layer, head, path=path), want) for head in range(3)), vocabulary
+            heads, wide = (
+                heads_for(layer, vocabulary, reads=reads, layers=[1, 2]),
+                features(model, [1, 2], input_ids=ids),
+            )
+            assert wide.shape[-1] == 3 * D and torch.equal(wide[..., :D], hidden)
+            assert all(torch.equal(heads(wide, layer, head, path=path), want) for head in range(3)), vocabulary
     pruned = heads_for(layer, "pruned")
     torch.testing.assert_close(pruned(hidden, layer, 0), want[..., DRAFTED])
 
@@ -179,11 +192,13 @@ def test_copies_are_copies(layer: OutputLayer) -> None:
 @pytest.mark.parametrize("reads", READS)
 @pytest.mark.parametrize("vocabulary", ["own", "tied", "pruned", "low_rank"])
 @pytest.mark.parametrize("name", ["llama", "phi with an output bias", "gemma2 with a soft cap"])
+@pytest.mark.parametrize("layers", [(), (1, 2)])
 @torch.no_grad()
-def test_stacked_heads_are_the_heads(name: str, vocabulary: str, reads: str) -> None:
+def test_stacked_heads_are_the_heads(name: str, vocabulary: str, reads: str, layers: tuple[int, ...]) -> None:
     layer = OutputLayer.of(small(name))
-    heads = scramble(heads_for(layer, vocabulary, num_blocks=2, reads=reads))
-    stacked, hidden, path = StackedHeads(heads, layer), torch.randn(4, D), torch.arange(12).view(4, 3)
+    heads = scramble(heads_for(layer, vocabulary, num_blocks=2, reads=reads, layers=layers))
+    stacked, path = StackedHeads(heads, layer), torch.arange(12).view(4, 3)
+    hidden = torch.randn(4, (1 + len(layers)) * D) / (1 + len(layers))  # far from where a soft cap makes ties
     dense = torch.stack([heads(hidden, layer, head, path=path) for head in range(3)])
     torch.testing.assert_close(stacked.logits(hidden, path_BR=path), dense)
     torch.testing.assert_close(stacked.logits(hidden, slice(2), path[:, :2]), dense[:2])
@@ -229,12 +244,16 @@ def test_heads_that_read_the_path_are_one_cell_however_many(layer: OutputLayer, 
 CHOICES = [(0,), (1,), (0, 0), (0, 2), (1, 0), (0, 2, 1), (1, 0, 0), (0, 0, 3)]
 
 
+@pytest.mark.parametrize("layers", [(), (2,)])
 @pytest.mark.parametrize("reads", READS)
 @torch.no_grad()
-def test_every_node_is_what_its_head_guesses_below_its_parent(layer: OutputLayer, reads: str) -> None:
-    heads = scramble(heads_for(layer, reads=reads))
+def test_every_node_is_what_its_head_guesses_below_its_parent(
+    layer: OutputLayer, reads: str, layers: tuple[int, ...]
+) -> None:
+    heads = scramble(heads_for(layer, reads=reads, layers=layers))
     drafter = MedusaDrafter(StackedHeads(heads, layer), CHOICES)
-    hidden, root = torch.randn(2, D), torch.tensor([7, 3])
+    assert tuple(drafter.hidden_layers) == layers
+    hidden, root = torch.randn(2, (1 + len(layers)) * D), torch.tensor([7, 3])
     draft = drafter.propose(DraftState([[7], [3]], root, hidden, [True] * 2, 9))
     for row in range(2):
         token: dict[tuple[int, ...], int] = {}
@@ -245,11 +264,14 @@ def test_every_node_is_what_its_head_guesses_below_its_parent(layer: OutputLayer
         assert draft.tokens[row].tolist() == [token[choice] for choice in drafter.choices]
 
 
+@pytest.mark.parametrize("layers", [(), (2,)])
 @pytest.mark.parametrize("reads", READS)
 @torch.no_grad()
-def test_a_tree_of_the_steps_own_has_the_heads_guesses_and_their_chances(layer: OutputLayer, reads: str) -> None:
-    heads = scramble(heads_for(layer, reads=reads))
-    hidden, root = torch.randn(2, D), torch.tensor([7, 3])
+def test_a_tree_of_the_steps_own_has_the_heads_guesses_and_their_chances(
+    layer: OutputLayer, reads: str, layers: tuple[int, ...]
+) -> None:
+    heads = scramble(heads_for(layer, reads=reads, layers=layers))
+    hidden, root = torch.randn(2, (1 + len(layers)) * D), torch.tensor([7, 3])
     draft = DynamicMedusaDrafter(StackedHeads(heads, layer), 7, 3).propose(
         DraftState([[7], [3]], root, hidden, [True] * 2, 9)
     )
@@ -330,6 +352,8 @@ def test_no_state_at_all_still_gives_every_parameter_a_gradient() -> None:
     [
         ({"vocabulary": "shared"}, "not one of own, tied, pruned, low_rank"),
         ({"num_heads": 0}, "num_heads is 0"),
+        ({"layers": [2, 1]}, r"layers is \[2, 1\]: name each layer once"),
+        ({"layers": [0]}, r"layers is \[0\]: name each layer once"),
         ({"draft_vocab_size": 4}, "draft_vocab_size is 4 with vocabulary tied"),
         ({"vocabulary": "pruned", "draft_vocab_size": V + 1}, "not within 1 to 40"),
         ({"vocabulary": "low_rank"}, "rank is None"),
@@ -360,6 +384,7 @@ def test_an_adapter_is_small_beside_its_backbone(vocabulary: str, most: float) -
         num_blocks=settings.num_blocks,
         vocabulary=vocabulary,
         reads=settings.reads,
+        layers=settings.layers,
     )
     with torch.device("meta"):
         sizes = [

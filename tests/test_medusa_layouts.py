@@ -113,6 +113,14 @@ def test_engines_know_no_heads_that_read_tokens(tmp_path: Path, name: str, reads
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["tgi", "vllm"])
+def test_engines_know_no_heads_that_read_other_layers(tmp_path: Path, name: str) -> None:
+    heads = heads_for(LAYER, num_heads=2, layers=[1])
+    with pytest.raises(ValueError, match=r"no place for what these heads read of layers \[1\]"):
+        write_layout(name, tmp_path / "out", heads.config, tensors_of(heads), LAYER, "base/model")
+    assert not (tmp_path / "out").exists()
+
+
 def changed(folder: Path, file: str, change: Any) -> None:
     tensors = safetensors.torch.load_file(folder / file)
     change(tensors)

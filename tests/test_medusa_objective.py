@@ -121,6 +121,21 @@ def test_kl_and_lk_vanish_for_a_head_that_says_what_the_backbone_will(layer: Out
     assert loss_of(heads, 0, hidden, blocks, layer, kind="kl").loss > 1e-2
 
 
+@pytest.mark.parametrize("reads", READS)
+def test_drawn_positions_are_all_that_counts(layer: OutputLayer, reads: str) -> None:
+    blocks, hidden = packed([[list(range(9))], [[3, 1, 4, 1, 5, 9, 2, 6, 5]]]), torch.randn(2, 9, D)
+    heads = noisy_heads(layer, reads=reads)
+    # Of 14 positions (t = 0 .. 6 in two rows) the third, seventh and eighth; the seventh is the first head's alone.
+    got = [loss_of(heads, head, hidden, blocks, layer, draw=lambda n: torch.tensor([2, 6, 7])) for head in range(2)]
+    first, second = [(0, 2, 4), (0, 6, 8), (1, 0, 4)], [(0, 2, 5), (1, 0, 1)]
+    for head, pairs in enumerate((first, second)):
+        torch.testing.assert_close(got[head].loss, by_hand(heads, head, hidden, layer, pairs, blocks))
+    counts: list[int] = []
+    whole = loss_of(heads, 0, hidden, blocks, layer, draw=lambda n: (counts.append(n), torch.arange(n))[1])
+    assert counts == [14]
+    torch.testing.assert_close(whole.loss, loss_of(heads, 0, hidden, blocks, layer).loss)
+
+
 @pytest.mark.parametrize("kind", ["ce", "kl", "lk"])
 def test_padding_changes_nothing(layer: OutputLayer, kind: str) -> None:
     heads, hidden = noisy_heads(layer), torch.randn(1, 9, D)

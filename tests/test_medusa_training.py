@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from checkpoints.load import load_adapter
-from data.text import Blocks, TokenDocument, pack
+from data.text import IGNORED, Blocks, TokenDocument, pack
 from modules.lora import lora_off
 from modules.medusa import StackedHeads, heads_of
 from modules.medusa.config import READS
@@ -116,14 +116,33 @@ def test_medusa_2_trains_lora_beside_the_heads_and_leaves_the_backbone(tmp_path:
     assert "learned.lora" in table
 
 
-def test_recorded_states_train_the_same_heads(tmp_path: Path) -> None:
-    trained = []
+@pytest.mark.parametrize("loss", ["ce", "kl"])
+@pytest.mark.parametrize("layers", ["[]", "[1,2]"])
+def test_recorded_states_train_the_same_heads(tmp_path: Path, loss: str, layers: str) -> None:
+    trained, blocks = [], periodic(13, 24, 13)
+    blocks.labels[:, 7:12] = IGNORED  # states that nobody looks at are not kept
+    settings = {"objective.loss": loss, "module.layers": layers, "module.reads": "path", "module.num_heads": "2"}
     for more in ({}, {"data.recorded": str(tmp_path / "states")}, {"data.recorded": str(tmp_path / "states")}):
-        task = tiny_task(periodic(13, 24, 13), **more, trainer__max_steps="3", trainer__save_every="3")
+        task = tiny_task(blocks, **settings, **more, trainer__max_steps="3", trainer__save_every="3")
         trained.append(run(task, tmp_path / str(len(trained))).learned.state_dict())
+    assert (task.learned.heads.fuse is not None) == (layers != "[]")
+    with pytest.raises(ValueError, match="whose states are of layers .* and for other heads"):
+        run(tiny_task(blocks, **{**settings, **more, "module.num_heads": "3"}), tmp_path / "other")
     assert (tmp_path / "states" / "index.json").is_file()
     torch.testing.assert_close(trained[1], trained[0])
     assert all(torch.equal(value, trained[1][name]) for name, value in trained[2].items())
+
+
+def test_drawn_positions_are_the_same_again_and_others_in_every_update(tmp_path: Path) -> None:
+    task = tiny_task(periodic(13, 24, 13), objective__positions="20", trainer__max_steps="2")
+    drawn: list[list[int]] = []
+    draw = task._draw
+    task._draw = lambda count: (drawn.append((chosen := draw(count)).tolist()), chosen)[1]
+    run(task, tmp_path / "one")
+    again = tiny_task(periodic(13, 24, 13), objective__positions="20", trainer__max_steps="2")
+    assert len(drawn) == 2 and all(len(set(each)) == 20 for each in drawn) and drawn[0] != drawn[1]
+    want, got = task.learned.state_dict(), run(again, tmp_path / "two").learned.state_dict()
+    assert all(torch.equal(want[name], got[name]) for name in want)
 
 
 def test_states_find_a_folder_of_their_own_for_every_text(tmp_path: Path) -> None:

@@ -59,6 +59,7 @@ def tiny_heads(model: Any, recipe: Any) -> MedusaHeads:
         vocabulary=settings.vocabulary,
         rank=settings.rank,
         reads=settings.reads,
+        layers=settings.layers,
         lora=recipe.lora.entry(),
     )
     return MedusaHeads(config).start_from(layer)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ from modules.decode_host.attention import grouped_attention
 from modules.decode_host.cache import keep_rows, prepare_cache, set_columns
 from modules.decode_host.masks import TreeMasks, windows_of
 from modules.decode_host.tree import TreeTables
+from modules.hidden_states import side_by_side, tapped
 
 
 class Backbone:
@@ -23,11 +24,12 @@ class Backbone:
     Attributes:
         lengths: committed length of each sequence in columns of the cache, left padding included.
         columns: where the next tree's rows come.
-        hidden: what entered the output matrix in the last call, [B, M, D]; None where it is not kept.
+        hidden: what entered the output matrix in the last call, [B, M, D], with the outputs of n `layers` beside it
+            [B, M, (1 + n) D]; None where it is not kept.
     """
 
-    def __init__(self, model: Any, keep_hidden: bool) -> None:
-        self.model, self.keep_hidden = model, keep_hidden
+    def __init__(self, model: Any, keep_hidden: bool, layers: Sequence[int] = ()) -> None:
+        self.model, self.keep_hidden, self.layers = model, keep_hidden, tuple(layers)
         self.windows = windows_of(model.config)
         self._borders = rope_borders(model.config)
         self.cache: Any = None
@@ -39,6 +41,7 @@ class Backbone:
         self._widths: dict[bool, int | None] = {}
         self._last = self._shift = 0
         self._extra: dict[str, Any] = {}
+        self._outputs: Mapping[int, Tensor] = {}
 
     @property
     def room(self) -> int | None:
@@ -58,7 +61,7 @@ class Backbone:
         matrix = self.model.get_output_embeddings() if self.keep_hidden else None
         if self.keep_hidden and matrix is None:
             raise ValueError(f"{type(self.model).__name__} has no output matrix, whose input the drafter reads")
-        with grouped_attention(self.model):
+        with grouped_attention(self.model), tapped(self.model, self.layers) as self._outputs:
             hook = None if matrix is None else matrix.register_forward_pre_hook(self._keep)
             try:
                 yield
@@ -67,7 +70,7 @@ class Backbone:
                     hook.remove()
 
     def _keep(self, module: Any, args: tuple[Tensor, ...]) -> None:
-        self.hidden = args[0]
+        self.hidden = side_by_side(args[0], self._outputs, self.layers)
 
     def prefill(self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any]) -> Tensor:
         """Runs the prompt as transformers would; returns the last row's logits [B, 1, V].

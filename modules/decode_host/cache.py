@@ -21,14 +21,17 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
-LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
+from modules.decode_host.growing import GrowingLayer, give_room
+
+LAYERS = (DynamicLayer, GrowingLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
 
 
 def prepare_cache(cache: Any, length: int) -> int | None:
     """Makes a cache ready for trees, before the prompt runs.
 
     Sliding-window layers of an empty dynamic cache become full ones, which the masks restrict to the window: rejected
-    rows would push committed ones out.  They take the memory of full attention then.
+    rows would push committed ones out.  They take the memory of full attention then.  Layers of a dynamic cache get
+    room to grow, so that a step copies its own rows alone.
 
     Args:
         length: most rows that will be committed.
@@ -40,10 +43,12 @@ def prepare_cache(cache: Any, length: int) -> int | None:
     if not isinstance(cache, Cache) or getattr(cache, "offloading", False):
         kind = "none" if cache is None else f"an offloaded {type(cache).__name__}"
         raise ValueError(f"drafted decoding keeps its rows in a dynamic or static cache, and this one is {kind}")
-    if type(cache) is DynamicCache and cache.get_seq_length() == 0:
+    if type(cache) is DynamicCache:
+        empty = cache.get_seq_length() == 0
         for index, layer in enumerate(cache.layers):
-            if type(layer) is DynamicSlidingWindowLayer:
-                cache.layers[index] = DynamicLayer()
+            if type(layer) is DynamicSlidingWindowLayer and empty:
+                cache.layers[index] = GrowingLayer()
+        give_room(cache)
     for layer in cache.layers:
         if type(layer) not in LAYERS and hasattr(layer, "keys"):
             raise ValueError(

@@ -61,7 +61,7 @@ class DraftedDecoding:
         rule = (self.sampling or Sampled()) if config.do_sample else Exact()
         keeps = bool(config.return_dict_in_generate and (config.output_scores or config.output_logits))
         verifier = Verifier(rule, logits_processor, len(input_ids), keeps)
-        backbone = Backbone(model, self.drafter.needs_hidden)
+        backbone = Backbone(model, self.drafter.needs_hidden, self.drafter.hidden_layers)
         self.counts.generations += 1
         self.drafter.begin(output.rows)
         with backbone.decoding(), model._optimize_model_for_decode():

@@ -108,7 +108,8 @@ def time_steps(
     device = model.device
     ids = torch.arange(context, device=device)[None] % model.config.get_text_config(decoder=True).vocab_size
     drafters = drafter if isinstance(drafter, Mapping) else {n: drafter for n in rows if drafter is not None}
-    backbone = Backbone(model, any(one.needs_hidden for one in drafters.values()))
+    layers = next((one.hidden_layers for one in drafters.values() if one.hidden_layers), ())
+    backbone = Backbone(model, any(one.needs_hidden for one in drafters.values()), layers)
     verifier = Verifier(Exact(), [], 1, keep_scores=False)
     config = GenerationConfig(max_length=context + max(rows) + 1)
     config._mask_length = context

@@ -24,6 +24,7 @@ class MedusaConfig:
             `rank`).
         reads: what a head guesses from beside the hidden state: "state" (nothing, Medusa), "root" (the token that the
             backbone chose from it), "path" (that one, and the guesses that lead to its own: one cell for all heads).
+        layers: decoder layers, by number from 1, whose outputs the heads read beside the last hidden state.
         output_bias: own and pruned matrices come with a bias, as the backbone's does.
         tree: the nodes of the drafted tree but its root, each as the ranks (from 0) that lead to it, parents first.
         hits: hits[k][r], how often rank r of head k was the token that the backbone went on to produce.
@@ -39,6 +40,7 @@ class MedusaConfig:
     draft_vocab_size: int | None = None
     rank: int | None = None
     reads: str = "state"
+    layers: list[int] = field(default_factory=list)
     output_bias: bool = False
     tree: list[list[int]] = field(default_factory=list)
     hits: list[list[int]] = field(default_factory=list)
@@ -53,6 +55,8 @@ class MedusaConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if self.reads not in READS:
             raise ValueError(f"reads is {self.reads!r}, which is not one of {', '.join(READS)}")
+        if sorted(set(self.layers)) != list(self.layers) or min(self.layers, default=1) < 1:
+            raise ValueError(f"layers is {self.layers}: name each layer once, from 1, in their order")
         if (self.draft_vocab_size is not None) != (self.vocabulary == "pruned"):
             raise ValueError(f"draft_vocab_size is {self.draft_vocab_size} with vocabulary {self.vocabulary}")
         if self.draft_vocab_size is not None and not 1 <= self.draft_vocab_size <= self.vocab_size:

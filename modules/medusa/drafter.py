@@ -35,7 +35,7 @@ class MedusaDrafter(Drafter):
         Raises:
             ValueError: a node without its parent, deeper than there are heads, or of a rank that no head has.
         """
-        self.heads, self._accuracy = heads, accuracy
+        self.heads, self._accuracy, self.hidden_layers = heads, accuracy, heads.layers
         self.use_tree(choices)
 
     @classmethod
@@ -72,7 +72,7 @@ class MedusaDrafter(Drafter):
     def _by_path(self, hidden_BD: Tensor, root_B: Tensor) -> Tensor:
         """The tree's tokens [B, N], depth after depth: guesses below all nodes that have children."""
         B, found = len(hidden_BD), []
-        states, tokens = hidden_BD[None], root_B
+        states, tokens = self.heads.enter(hidden_BD)[None], root_B
         for level in self._levels:
             states = self.heads.advance(states, tokens)
             guesses = self.heads.guesses(states, level.ranks)
@@ -97,7 +97,7 @@ class DynamicMedusaDrafter(Drafter):
 
     def __init__(self, heads: StackedHeads, nodes: int, ranks: int) -> None:
         """`nodes`: below the root.  `ranks`: guesses of each head that may be drafted."""
-        self.heads, self.nodes, self.ranks = heads, nodes, ranks
+        self.heads, self.nodes, self.ranks, self.hidden_layers = heads, nodes, ranks, heads.layers
 
     def propose(self, state: DraftState) -> Draft:
         """The best nodes of this step."""
@@ -109,8 +109,9 @@ class DynamicMedusaDrafter(Drafter):
 
     def _by_path(self, hidden_BD: Tensor, root_B: Tensor) -> Draft:
         """Guesses of every depth below the most probable guesses of the depth before it."""
-        B, D = hidden_BD.shape
-        states, tokens_BM, sure_BM = hidden_BD[None], root_B[:, None], hidden_BD.new_zeros(B, 1)
+        states = self.heads.enter(hidden_BD)[None]
+        _, B, D = states.shape
+        tokens_BM, sure_BM = root_B[:, None], states.new_zeros(B, 1, dtype=torch.float32)
         depths: list[tuple[Tensor, Tensor, Tensor]] = []
         for _ in range(self.heads.count):
             states = self.heads.advance(states, tokens_BM.flatten())

@@ -143,6 +143,10 @@ class MedusaHeads(nn.Module):
     def __init__(self, config: MedusaConfig) -> None:
         super().__init__()
         self.config = config
+        width, count = config.hidden_size, len(config.layers)
+        self.fuse = nn.Linear(count * width, width, bias=False) if count else None
+        if self.fuse is not None:
+            nn.init.zeros_(self.fuse.weight)
         self.heads = nn.ModuleList(MedusaHead(config) for _ in range(1 if config.one_cell else config.num_heads))
         ids = None if config.draft_vocab_size is None else torch.zeros(config.draft_vocab_size, dtype=torch.int64)
         self.register_buffer("token_ids", ids)
@@ -172,13 +176,29 @@ class MedusaHeads(nn.Module):
         """The module that makes the guesses of a head, from 0."""
         return cast(MedusaHead, self.heads[0 if self.config.one_cell else number])
 
+    def enter(self, features: Tensor) -> Tensor:
+        """What the heads begin at, [..., D]: the last hidden state, and what is made of other layers' outputs.
+
+        Source: Li et al. 2025, "EAGLE-3", arXiv:2503.01840, whose draft model reads three layers, fused by a matrix.
+        Departs from it: the last hidden state goes in as it is, and the matrix starts at zero.
+
+        Args:
+            features: [..., (1 + n) D], see `modules.hidden_states.side_by_side`.
+        """
+        if self.fuse is None:
+            return features
+        hidden, others = features.split([self.config.hidden_size, self.fuse.in_features], dim=-1)
+        dtype = self.fuse.weight.dtype
+        return hidden.to(dtype) + cast(Tensor, self.fuse(others.to(dtype)))
+
     def states(
         self, hidden: Tensor, backbone: OutputLayer, head: int, path: Tensor | None = None, above: Tensor | None = None
     ) -> Tensor:
         """What a head's vocabulary multiplies with, [..., D].
 
         Args:
-            hidden: last hidden states [..., D], after the final norm; any float dtype.
+            hidden: what `enter` gave, [..., D]; without other layers the last hidden states, after the final norm; any
+                float dtype.
             head: from 0; what it guesses after position t is token t + 2 + head.
             path: int64 [..., r or more], the tokens after each state, for heads that read them (`MedusaConfig.reads`).
             above: this function's result for the head before, which heads that read the path go on from.
@@ -211,10 +231,11 @@ class MedusaHeads(nn.Module):
         """Logits of one head, [..., V']; arguments as of `states`.
 
         Args:
+            hidden: features, see `enter`.
             reduce, rows: the sum of `reduce` over chunks of `rows` rows is returned instead, see `chunked_sum`;
                 `hidden` is [N, D] then.
         """
-        return self.guesses(self.states(hidden, backbone, head, path), backbone, head, reduce, rows)
+        return self.guesses(self.states(self.enter(hidden), backbone, head, path), backbone, head, reduce, rows)
 
     def guesses(
         self, states: Tensor, backbone: OutputLayer, head: int, reduce: Reduce | None = None, rows: int = 0

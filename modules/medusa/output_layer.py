@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from modules.hidden_states import side_by_side, tapped
 
 _PROBE = 4  # tokens
 _FACTORS = ("logit_scale", "logits_scaling", "lm_head_multiplier")
@@ -110,6 +112,12 @@ class OutputLayer:
 def last_hidden_state(model: nn.Module, **inputs: Any) -> Tensor:
     """The state after the final norm [B, T, D], without the output matrix's product."""
     return cast(Tensor, decoder_of(model)(**inputs).last_hidden_state)
+
+
+def features(model: nn.Module, layers: Sequence[int], **inputs: Any) -> Tensor:
+    """The same with the outputs of some decoder layers beside it, [B, T, (1 + n) D]; see `side_by_side`."""
+    with tapped(model, layers) as outputs:
+        return side_by_side(last_hidden_state(model, **inputs), outputs, layers)
 
 
 def decoder_of(model: nn.Module) -> Callable[..., Any]:

@@ -21,6 +21,7 @@ class StackedHeads:
     Shapes: B sequences (or nodes), k heads asked at once, D hidden size, V' tokens that a head tells apart, R ranks.
 
     Attributes:
+        layers: decoder layers whose outputs they read beside the last hidden state.
         by_path: a guess is made below the guesses before it, so heads run one after the other (`advance`).
     """
 
@@ -39,6 +40,8 @@ class StackedHeads:
         paths = [head.path.weight for head in parts if head.path is not None]
         self._path = _stack(paths).transpose(1, 2) if paths else None
         self._norm = backbone.row_scales() if paths else None
+        self.layers, self._width = tuple(heads.config.layers), heads.config.hidden_size
+        self._fuse = None if heads.fuse is None else heads.fuse.weight.detach()
         own = [head.vocabulary for head in parts]
         self._own = self._own_bias = self._down = self._up = None
         if isinstance(own[0], OwnVocabulary):
@@ -54,11 +57,19 @@ class StackedHeads:
         """Where the heads are."""
         return self._blocks[0][0].device
 
+    def enter(self, features_BF: Tensor) -> Tensor:
+        """What the heads begin at, [B, D]: see `MedusaHeads.enter`."""
+        features = features_BF.to(self._blocks[0][0].dtype)
+        if self._fuse is None:
+            return features
+        hidden, others = features[:, : self._width], features[:, self._width :]
+        return torch.addmm(hidden, others, self._fuse.t())
+
     def advance(self, states_kBD: Tensor, tokens_B: Tensor | None = None, heads: slice = _ALL) -> Tensor:
         """What the vocabularies of some heads multiply with, [k, B, D].
 
         Args:
-            states_kBD: the hidden states; for heads that read the path, what this gave for the tokens before.
+            states_kBD: what `enter` gave; for heads that read the path, what this gave for the tokens before.
             tokens_B: the token after each of them, for heads that read any.
         """
         states = states_kBD
@@ -73,7 +84,7 @@ class StackedHeads:
 
     def states(self, hidden_BD: Tensor, heads: slice = _ALL, path_BR: Tensor | None = None) -> Tensor:
         """The same from hidden states and all tokens after them, [k, B, D]; arguments as of `logits`."""
-        hidden = hidden_BD.to(self._blocks[0][0].dtype)
+        hidden = self.enter(hidden_BD)
         numbers = range(self.count)[heads]
         if not self.by_path:
             root = None if path_BR is None or self._path is None else path_BR[:, 0]
@@ -88,7 +99,7 @@ class StackedHeads:
         """Logits [k, B, V'] of some heads.
 
         Args:
-            hidden_BD: states.
+            hidden_BD: states, with other layers' outputs beside them where the heads read these.
             path_BR: the tokens after them, as many as the last of these heads reads.
         """
         return self.product(self.states(hidden_BD, heads, path_BR), heads)
@@ -138,7 +149,8 @@ class StackedHeads:
     def memory_bytes(self) -> int:
         """Bytes of the heads' own tensors, and of what is kept to run them."""
         blocks = [tensor for pair in self._blocks for tensor in pair]
-        held = [*blocks, self._path, self._norm, self._own, self._own_bias, self._down, self._up, self.token_ids]
+        read = [self._fuse, self._path, self._norm]
+        held = [*blocks, *read, self._own, self._own_bias, self._down, self._up, self.token_ids]
         return sum(tensor.nbytes for tensor in held if tensor is not None)
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from data.records import read_records, tokenize, training_records
 from data.stepped import derive_seed
 from data.text import IGNORED, Blocks, pack
+from modules.hidden_states import check_layers
 from modules.language_models import load_model
 from modules.medusa import MedusaConfig, MedusaHeads, OutputLayer
 from trainers import distill
@@ -36,6 +37,7 @@ def build_task(recipe: Recipe) -> MedusaTask:
     pad = int(tokenizer.pad_token_id)
     text = cache(partial(_blocks, recipe, tokenizer))
     layer = OutputLayer.of(model)
+    check_layers(recipe.module.layers, model)
     size = recipe.module.draft_vocab_size
     drafted = None if size is None else most_frequent(text(), size, layer.weight.shape[0])
     heads = MedusaHeads(_config(recipe, layer)).to(layer.weight.device)
@@ -55,6 +57,7 @@ def _config(recipe: Recipe, layer: OutputLayer) -> MedusaConfig:
         draft_vocab_size=settings.draft_vocab_size,
         rank=settings.rank,
         reads=settings.reads,
+        layers=settings.layers,
         output_bias=settings.vocabulary in ("own", "pruned") and layer.bias is not None,
         lora=recipe.lora.entry(),
     )

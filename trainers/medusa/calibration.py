@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from modules.decode_host.search import best_choices, best_size, expected_tokens, time_steps
 from modules.medusa import MedusaConfig, MedusaDrafter, StackedHeads
-from modules.medusa.output_layer import last_hidden_state
+from modules.medusa.output_layer import features
 
 # Of a step, the root among them.  Matrix products take whole fours or eights of rows: seven cost more than eight.
 _ROWS = (1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 48, 64)
@@ -67,7 +67,7 @@ def count_hits(model: Any, heads: StackedHeads, texts: Sequence[Text], ranks: in
     counts = [0] * heads.count
     for text in texts:
         ids = torch.tensor([text.ids], device=model.device)
-        states_TD = last_hidden_state(model, input_ids=ids, use_cache=False)[0, text.prompt - 1 : -2]
+        states_TD = features(model, heads.layers, input_ids=ids, use_cache=False)[0, text.prompt - 1 : -2]
         # Heads that read the path are asked below the path that came: their hits are shares of right parents.
         after = functional.pad(ids[0, text.prompt :], (0, heads.count)).unfold(0, heads.count, 1)[: len(states_TD)]
         came = ids[0, text.prompt + 1 :]  # came[t + k] is what head k guesses at state t

@@ -113,6 +113,8 @@ def _refuse_what_engines_lack(config: MedusaConfig, name: str) -> None:
         raise ValueError(f"format {name} has no place for the LoRA that these Medusa-2 heads need on their backbone")
     if config.reads != "state":
         raise ValueError(f"format {name} has no place for the matrices with which these heads read tokens")
+    if config.layers:
+        raise ValueError(f"format {name} has no place for what these heads read of layers {config.layers}")
     if config.output_bias:
         raise ValueError(f"format {name} has no place for the bias of these heads' output matrices")
 

@@ -26,6 +26,16 @@ def valid_targets(blocks: Blocks, ahead: int) -> Tensor:
     return same & (blocks.labels[:, ahead:] != IGNORED)
 
 
+def needed_states(blocks: Blocks, heads: int) -> Tensor:
+    """[N, L]: whose states so many heads, or their teacher, ever look at."""
+    needed = torch.zeros_like(blocks.labels, dtype=torch.bool)
+    for ahead in range(2, heads + 2):
+        valid = valid_targets(blocks, ahead)
+        needed[:, : valid.shape[1]] |= valid
+        needed[:, ahead - 1 : ahead - 1 + valid.shape[1]] |= valid
+    return needed
+
+
 @dataclass(frozen=True)
 class HeadLoss:
     """Loss of one head: its mean over valid targets, and the shares of these that its first guess hits."""
@@ -41,31 +51,37 @@ def head_weights(count: int, decay: float) -> list[float]:
 
 def head_losses(
     heads: MedusaHeads,
-    hidden_NLD: Tensor,
+    features_NLF: Tensor,
     blocks: Blocks,
     backbone: OutputLayer,
     *,
     kind: Kind,
     eta: float,
     rows: int,
+    draw: Callable[[int], Tensor] | None = None,
 ) -> list[HeadLoss]:
     """The loss of every head over packed blocks, normalised by its own count of valid targets.
 
     Position t of head k (from 0) is compared with token t + 2 + k.
 
     Args:
-        hidden_NLD: the backbone's last hidden states, detached; also the teacher's: softmax of its logits at t + 1 +
-            k, which no further forward has to produce.
+        features_NLF: the backbone's last hidden states, detached, and beside them the outputs of layers that the heads
+            read; also the teacher's: softmax of its logits at t + 1 + k, which no further forward has to produce.
         rows: positions whose logits exist at a time.
+        draw: which of so many positions count, int64 [n]; None for all.
     """
     valid, found, states = _valid_by_head(blocks, heads.config.num_heads), [], None
     n, t = valid.any(0).nonzero(as_tuple=True)
-    hidden, path = hidden_NLD[n, t], path_after(blocks, n, t, heads.config.num_heads)
+    if draw is not None:
+        drawn = draw(len(n)).to(n.device)
+        n, t = n[drawn], t[drawn]
+    hidden, path = heads.enter(features_NLF[n, t]), path_after(blocks, n, t, heads.config.num_heads)
+    last_NLD = features_NLF[..., : heads.config.hidden_size].detach()
     for head in range(heads.config.num_heads):
         states = heads.states(hidden, backbone, head, path, states)
         mine = valid[head, n, t]
         place = n[mine], t[mine] + head + 2
-        wanted = _Wanted(blocks.labels[place], hidden_NLD[place[0], place[1] - 1].detach() if kind != "ce" else None)
+        wanted = _Wanted(blocks.labels[place], last_NLD[place[0], place[1] - 1] if kind != "ce" else None)
         found.append(_head_loss(heads, head, states[mine], wanted, backbone, _SCORES[kind](eta), rows))
     return found
 

@@ -30,12 +30,12 @@ from modules.medusa import (
     module_entry,
 )
 from modules.medusa.chunked import chunked_sum
-from modules.medusa.output_layer import last_hidden_state
+from modules.medusa.output_layer import features
 from trainers.adapters import write_task_adapter
 from trainers.lora_task import LoraTask
 from trainers.medusa.calibration import Text, calibrated, greedy_texts
 from trainers.medusa.layouts import ENGINES, write_layout
-from trainers.medusa.objective import head_losses, head_weights
+from trainers.medusa.objective import head_losses, head_weights, needed_states
 from trainers.schemas.medusa import Recipe
 
 WATCHED_NODES, WATCHED_PROMPTS = 16, 8
@@ -109,22 +109,36 @@ class MedusaTask(LoraTask):
         named = self.settings.data.recorded
         if named != "auto":
             return None if named is None else Path(named)
-        told = hashlib.sha256(f"{self.identity[0]} {self._mixed()}".encode())
-        for tensor in blocks.tensors().values():
+        config = self.learned.heads.config
+        told = hashlib.sha256(f"{self.identity[0]} {self._mixed()} {config.layers}".encode())
+        for tensor in (*blocks.tensors().values(), needed_states(blocks, config.num_heads)):
             told.update(tensor.numpy().tobytes())
         return Path(self.settings.output_dir) / "recorded" / told.hexdigest()[:16]
 
     def _recorded(self, blocks: Blocks, folder: Path) -> RecordedStates:
         """The states of these blocks, read back or computed first."""
+        config = self.learned.heads.config
+        needed = needed_states(blocks, config.num_heads)
         if not (folder / INDEX_FILE).is_file():
-            batch_size = self.settings.data.batch_size
             return record_states(
-                self.model, blocks, folder, fingerprint=self.identity[0], batch_size=batch_size, dtype=self._mixed()
+                self.model,
+                blocks,
+                folder,
+                fingerprint=self.identity[0],
+                batch_size=self.settings.data.batch_size,
+                dtype=self._mixed(),
+                layers=config.layers,
+                needed=needed,
             )
         states = RecordedStates(folder, self.identity[0])
         last = torch.tensor([len(states) - 1])
         if len(states) != len(blocks) or not torch.equal(states.batch(last)[1].labels, blocks.select(last).labels):
             raise ValueError(f"data.recorded is '{folder}', which holds states of another text: name a new folder")
+        if states.layers != tuple(config.layers) or not states.covers(needed):
+            raise ValueError(
+                f"data.recorded is '{folder}', whose states are of layers {list(states.layers)} and for other heads: "
+                "name a new folder"
+            )
         return states
 
     def _mixed(self) -> torch.dtype | None:
@@ -149,17 +163,24 @@ class MedusaTask(LoraTask):
 
     def _hidden(self, blocks: Blocks) -> Tensor:
         # Positions that begin anew are how transformers keeps the documents of a row apart.
-        return last_hidden_state(self.model, **blocks.model_inputs())
+        return features(self.model, self.learned.heads.config.layers, **blocks.model_inputs())
 
     def _heads_loss(self, hidden: Tensor, blocks: Blocks) -> Tensor:
         objective, heads, rows = self.settings.objective, self.learned.heads, self._rows()
-        found = head_losses(heads, hidden, blocks, self.layer, kind=objective.loss, eta=objective.eta, rows=rows)
+        draw = None if objective.positions is None else self._draw
+        found = head_losses(
+            heads, hidden, blocks, self.layer, kind=objective.loss, eta=objective.eta, rows=rows, draw=draw
+        )
         for number, one in enumerate(found, start=1):
             self.note(**{f"accuracy_{number}": one.accuracy, f"loss_{number}": one.loss})
         weights = head_weights(len(found), objective.decay)
         loss = torch.stack([weight * one.loss for weight, one in zip(weights, found, strict=True)]).sum()
         self.note(loss=loss)
         return loss
+
+    def _draw(self, count: int) -> Tensor:
+        """Some of so many positions, without repeats; the base seeds each rank's random numbers for every batch."""
+        return torch.randperm(count)[: self.settings.objective.positions]
 
     def _rows(self) -> int:
         """Positions whose logits exist at a time."""
@@ -179,10 +200,10 @@ class MedusaTask(LoraTask):
     def _backbone_loss(self, hidden: Tensor, blocks: Blocks) -> Tensor:
         """KL to the same weights with LoRA off, or cross entropy with the text, over the tokens to be learned."""
         n, t = (blocks.labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
-        targets, teacher = blocks.labels[n, t + 1], None
+        targets, teacher, width = blocks.labels[n, t + 1], None, self.learned.heads.config.hidden_size
         if self.settings.lora.loss == "kl":
             with torch.no_grad(), lora_off(self.model):
-                teacher = self._hidden(blocks)[n, t]
+                teacher = self._hidden(blocks)[n, t, :width]
 
         def reduce(logits: Tensor, part: slice) -> tuple[Tensor, Tensor]:
             logits, hits = logits.float(), (logits.detach().argmax(-1) == targets[part]).sum()
@@ -193,7 +214,7 @@ class MedusaTask(LoraTask):
             ours = functional.log_softmax(logits, -1)
             return functional.kl_div(ours, theirs, reduction="sum", log_target=True), hits
 
-        total, _ = chunked_sum(self.layer.logits, reduce, hidden[n, t], self.layer.learned(), self._rows())
+        total, _ = chunked_sum(self.layer.logits, reduce, hidden[n, t, :width], self.layer.learned(), self._rows())
         return total / max(1, len(n))
 
     # Watching, calibration and export.

@@ -29,6 +29,11 @@ class Module(Section):
         description="what a head guesses from beside the hidden state: nothing (Medusa), the token that the backbone "
         "chose from it, or that one and the guesses before its own (Hydra); serving engines load the first kind only",
     )
+    layers: list[PositiveInt] = Field(
+        default_factory=list,
+        description="decoder layers, from 1, whose outputs the heads read beside the last hidden state (EAGLE-3); "
+        "serving engines load heads without",
+    )
     stored: Literal["backbone", "bfloat16"] = Field(
         default="backbone",
         description="dtype of the adapter's numbers; they run in the backbone's, and only guess, so half of float32's "
@@ -52,6 +57,8 @@ class Module(Section):
                 "vocabulary low_rank needs rank" if self.vocabulary == "low_rank" else
                 f"rank is for vocabulary low_rank, not for {self.vocabulary}"
             )  # fmt: skip
+        if sorted(set(self.layers)) != self.layers:
+            raise ValueError(f"layers is {self.layers}: name each layer once, in their order")
         return self
 
 
@@ -97,6 +104,11 @@ class Objective(Section):
     )
     decay: float = Field(default=0.8, gt=0, le=1, description="weight of head k is decay^k")
     eta: float = Field(default=3.0, ge=0, description="how soon LK turns from KL to the accepted share")
+    positions: PositiveInt | None = Field(
+        default=None,
+        description="positions of a batch that an update looks at, drawn anew each time; null for all.  Neighbours say "
+        "nearly the same, so with recorded states few of each of many blocks teach more than all of a few",
+    )
     logits_mib: PositiveInt = Field(
         default=256, description="MiB of logits that exist at a time, whatever vocabulary, heads and batch are"
     )
