@@ -165,7 +165,7 @@ def test_training_finds_where_half_of_the_work_goes(tmp_path: Path) -> None:
     On two sets of inputs it ended at 0.28 and 0.26 of the error of computing every second step, with seed 1 at 0.60 and
     0.43; with 60 trajectories of steps twice as large at 0.49 to 0.88.
     """
-    settings = {"module.steps": "10", "module.compute": "[]", "trainer.max_steps": str(9 * 120), "objective.anneal": "0.5"}
+    settings = {"module.steps": "10", "module.compute": "[]", "trainer.max_steps": str(9 * 120)}
     task = build_task(compose_recipe("harmonica_dit", settings))
     train(task, RunFolder(tmp_path))
     router, running = task.learned.router, task.running
