@@ -371,10 +371,17 @@ def test_heads_of_another_shape_are_refused(layer: OutputLayer) -> None:
         MedusaHeads(config).start_from(layer)
 
 
-@pytest.mark.parametrize(("vocabulary", "most"), [("tied", 0.05), ("own", 0.60)])
-def test_an_adapter_is_small_beside_its_backbone(vocabulary: str, most: float) -> None:
-    """The shipped recipe's heads in float32, as shares of the bytes of the embedded language model."""
-    own = {"module.vocabulary": vocabulary, "module.draft_vocab_size": "null"}
+@pytest.mark.parametrize(
+    ("vocabulary", "changes", "most"),
+    [
+        ("tied", {"module.layers": "[]"}, 0.05),
+        ("tied", {"module.stored": "bfloat16"}, 0.05),
+        ("own", {}, 0.60),
+    ],
+)
+def test_an_adapter_is_small_beside_its_backbone(vocabulary: str, changes: dict[str, str], most: float) -> None:
+    """The shipped recipe's heads with another vocabulary, as shares of the bytes of the embedded language model."""
+    own = {"module.vocabulary": vocabulary, "module.draft_vocab_size": "null", **changes}
     settings = recipes.compose_recipe("medusa_llama", own).module
     backbone = AutoConfig.from_pretrained(Path(data.__file__).parent / "embedded" / "llama")
     config = MedusaConfig(
@@ -387,7 +394,6 @@ def test_an_adapter_is_small_beside_its_backbone(vocabulary: str, most: float) -
         layers=settings.layers,
     )
     with torch.device("meta"):
-        sizes = [
-            sum(p.numel() for p in part.parameters()) for part in (MedusaHeads(config), LlamaForCausalLM(backbone))
-        ]
-    assert sizes[0] <= most * sizes[1]
+        modules = MedusaHeads(config), LlamaForCausalLM(backbone)
+    heads, whole = (sum(parameter.numel() for parameter in module.parameters()) for module in modules)
+    assert heads * (2 if settings.stored == "bfloat16" else 4) <= most * 4 * whole
