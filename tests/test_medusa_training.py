@@ -149,6 +149,8 @@ def test_states_find_a_folder_of_their_own_for_every_text(tmp_path: Path) -> Non
     settings = {"data.recorded": "auto", "output_dir": str(tmp_path), "trainer__max_steps": "1"}
     for number, period in enumerate((13, 13, 11)):
         run(tiny_task(periodic(period, 24, period), **settings), tmp_path / f"run{number}")
+    lora = {**settings, "lora.rank": "2", "lora.targets": "[q_proj]", "lora.dropout": "0"}
+    run(tiny_task(periodic(7, 24, 7), **lora), tmp_path / "lora")  # states that change are computed every time
     folders = list((tmp_path / "recorded").iterdir())
     assert len(folders) == 2 and all((folder / "index.json").is_file() for folder in folders)
 

@@ -10,11 +10,14 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 _LEAST = 64  # rows of room beyond what is held, or a quarter of that
 
 
-class GrowingLayer(DynamicLayer):
+class GrowingLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untyped
     """transformers' `DynamicLayer`, whose `torch.cat` moves the whole cache at every step, appending in place.
 
     `keys` and `values` [B, H, T, D] are views of larger tensors; who puts others in their place may.
     """
+
+    keys: Tensor
+    values: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -24,7 +27,7 @@ class GrowingLayer(DynamicLayer):
     def of(cls, layer: DynamicLayer) -> GrowingLayer:
         """A layer with the rows of another one."""
         grown = cls()
-        vars(grown).update(vars(layer))
+        grown.__dict__.update(layer.__dict__)
         return grown
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

@@ -187,9 +187,9 @@ class MedusaHeads(nn.Module):
         """
         if self.fuse is None:
             return features
-        hidden, others = features.split([self.config.hidden_size, self.fuse.in_features], dim=-1)
-        dtype = self.fuse.weight.dtype
-        return hidden.to(dtype) + cast(Tensor, self.fuse(others.to(dtype)))
+        width, dtype = self.config.hidden_size, self.fuse.weight.dtype
+        hidden: Tensor = features[..., :width].to(dtype)
+        return hidden + cast(Tensor, self.fuse(features[..., width:].to(dtype)))
 
     def states(
         self, hidden: Tensor, backbone: OutputLayer, head: int, path: Tensor | None = None, above: Tensor | None = None

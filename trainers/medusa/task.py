@@ -106,9 +106,11 @@ class MedusaTask(LoraTask):
 
     def _recording(self, blocks: Blocks) -> Path | None:
         """The folder of the recorded states, if the recipe wants them; "auto" names it by backbone and text."""
-        named = self.settings.data.recorded
+        named, trainer = self.settings.data.recorded, self.settings.trainer
         if named != "auto":
             return None if named is None else Path(named)
+        if self.settings.lora.rank or trainer.devices != 1 or trainer.num_nodes != 1:
+            return None
         config = self.learned.heads.config
         told = hashlib.sha256(f"{self.identity[0]} {self._mixed()} {config.layers}".encode())
         for tensor in (*blocks.tensors().values(), needed_states(blocks, config.num_heads)):

@@ -84,7 +84,8 @@ class Data(Section):
     recorded: Text | None = Field(
         default=None,
         description="folder for the backbone's last hidden states of all blocks, computed once and streamed back, or "
-        "auto for one under output_dir that fits the text; null runs the backbone in every update",
+        "auto for one under output_dir where one process trains and no LoRA does; null runs the backbone in every "
+        "update",
     )
     prompts: Text | None = Field(
         default=None, description="where held-out prompts for calibration come from, as path; null takes path"
@@ -144,9 +145,10 @@ class Recipe(RecipeBase):
                 "data.answers answers prompts of stdlib: of other sources run python -m trainers.distill, and set "
                 "data.path to its output"
             )
-        if self.lora.rank and self.data.recorded:
+        named = self.data.recorded not in (None, "auto")  # auto records where that is possible
+        if self.lora.rank and named:
             raise ValueError("data.recorded holds states of the backbone as it is: leave it out where lora trains it")
-        if self.data.recorded and self.trainer.devices != 1:
+        if named and self.trainer.devices != 1:
             raise ValueError("data.recorded is written and read by one process: set trainer.devices to 1")
         if self.evaluation.prompts is None:
             self.evaluation.prompts = self.data.prompts or self.data.path
