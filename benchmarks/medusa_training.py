@@ -66,7 +66,8 @@ def throughput(args: argparse.Namespace) -> None:
     # The time of a step does not depend on whose text it is.
     named = {"backbone.name": args.backbone} if args.backbone else {}
     own = {"module.vocabulary": "own", "module.draft_vocab_size": "null", "module.rank": "null"}
-    recipe = compose_recipe(args.recipe, {"data.answers": "0", **own, **named})
+    whole = {"data.recorded": "null", "objective.positions": "null", "data.batch_size": "8"}
+    recipe = compose_recipe(args.recipe, {"data.answers": "0", **whole, **own, **named})
     task = build_task(recipe)
     batch = next(iter(task.train_dataloader()))
     heads, device = task.learned.heads, task.model.device
