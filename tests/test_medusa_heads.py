@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     CohereConfig,
     CohereForCausalLM,
     Gemma2Config,
@@ -31,7 +29,6 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-import data
 from modules.decode_host import DraftState
 from modules.medusa.chunked import chunked_sum
 from modules.medusa.config import READS, MedusaConfig
@@ -39,7 +36,6 @@ from modules.medusa.drafter import DynamicMedusaDrafter, MedusaDrafter
 from modules.medusa.heads import MedusaHeads
 from modules.medusa.output_layer import OutputLayer, features, last_hidden_state
 from modules.medusa.stacked import StackedHeads
-from trainers import recipes
 
 V, D = 40, 16
 SIZES: dict[str, Any] = {
@@ -369,31 +365,3 @@ def test_heads_of_another_shape_are_refused(layer: OutputLayer) -> None:
     config = MedusaConfig(hidden_size=D, vocab_size=V + 1)
     with pytest.raises(ValueError, match="know 41 tokens, but the backbone gives 16 and 40"):
         MedusaHeads(config).start_from(layer)
-
-
-@pytest.mark.parametrize(
-    ("vocabulary", "changes", "most"),
-    [
-        ("tied", {"module.layers": "[]"}, 0.05),
-        ("tied", {"module.stored": "bfloat16"}, 0.05),
-        ("own", {}, 0.60),
-    ],
-)
-def test_an_adapter_is_small_beside_its_backbone(vocabulary: str, changes: dict[str, str], most: float) -> None:
-    """The shipped recipe's heads with another vocabulary, as shares of the bytes of the embedded language model."""
-    own = {"module.vocabulary": vocabulary, "module.draft_vocab_size": "null", **changes}
-    settings = recipes.compose_recipe("medusa_llama", own).module
-    backbone = AutoConfig.from_pretrained(Path(data.__file__).parent / "embedded" / "llama")
-    config = MedusaConfig(
-        hidden_size=backbone.hidden_size,
-        vocab_size=backbone.vocab_size,
-        num_heads=settings.num_heads,
-        num_blocks=settings.num_blocks,
-        vocabulary=vocabulary,
-        reads=settings.reads,
-        layers=settings.layers,
-    )
-    with torch.device("meta"):
-        modules = MedusaHeads(config), LlamaForCausalLM(backbone)
-    heads, whole = (sum(parameter.numel() for parameter in module.parameters()) for module in modules)
-    assert heads * (2 if settings.stored == "bfloat16" else 4) <= most * 4 * whole

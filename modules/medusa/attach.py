@@ -85,13 +85,29 @@ def attach(target: Any, manifest: AdapterEntry, tensors: dict[str, Tensor]) -> M
 
 
 def heads_of(config: MedusaConfig, tensors: Mapping[str, Tensor], model: nn.Module) -> MedusaHeads:
-    """Heads with an adapter's tensors, frozen, on the model's device and in its dtype."""
+    """Heads with an adapter's tensors, frozen, on the model's device and in its dtype.
+
+    Raises:
+        ValueError: the tensors are not those of heads of this config.
+    """
     with torch.device("meta"):  # every value is about to be replaced
         heads = MedusaHeads(config)
+    _check_names(heads, tensors)
     heads.load_state_dict(dict(tensors), assign=True)
     matrix = cast(Any, model).get_output_embeddings().weight
     dtype = matrix.dtype if matrix.is_floating_point() else None  # quantised
     return heads.to(device=matrix.device, dtype=dtype).requires_grad_(False).eval()
+
+
+def _check_names(heads: MedusaHeads, tensors: Mapping[str, Tensor]) -> None:
+    wanted = {name: tuple(value.shape) for name, value in heads.state_dict().items()}
+    given = {name: tuple(value.shape) for name, value in tensors.items()}
+    if strange := sorted(name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name)):
+        name = strange[0]
+        raise ValueError(
+            f"the adapter's {name} is {given.get(name, 'missing')}, and heads as its manifest says have "
+            f"{wanted.get(name, 'no such tensor')} ({len(strange)} such): train it again with this version"
+        )
 
 
 def module_entry(config: MedusaConfig) -> dict[str, Any]:
