@@ -113,6 +113,17 @@ def test_layers_outputs_are_those_of_the_text_alone(kind: str) -> None:
     assert not any(module._forward_hooks for module in model.modules()), "a hook is left"
 
 
+def test_layers_outputs_are_what_transformers_says_they_are() -> None:
+    model, ids = tiny_model("llama"), prompts(1, length=14)["input_ids"]
+    with torch.no_grad():
+        said = model.model(ids, output_hidden_states=True)
+        last, first, second = features(model, (1, 2), input_ids=ids).split(32, dim=-1)
+    torch.testing.assert_close(last, said.last_hidden_state)
+    torch.testing.assert_close(first, torch.nn.functional.rms_norm(said.hidden_states[1], (32,)))
+    # Behind the last layer comes the model's own norm, with a weight.
+    torch.testing.assert_close(second * model.model.norm.weight, said.last_hidden_state, atol=1e-3, rtol=1e-3)
+
+
 def test_layers_that_a_model_does_not_have_are_refused() -> None:
     model, ids = tiny_model("llama"), prompts(1)["input_ids"]
     with pytest.raises(ValueError, match=r"layers is \[1, 9\], but a LlamaForCausalLM has layers 1 to 2"):
