@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, cast
 
@@ -23,9 +22,11 @@ from modules.pipelines import Conditions, DiffusionDriver
 from modules.reuse import EveryN
 from modules.solvers import noise_of
 from trainers.cache_task import CacheTask, load_driver, own_runs, sampling_of
+from trainers.harmonica.credit import CreditedCache
 from trainers.harmonica.lambdas import analytic_lambdas, paper_lambdas, relative_lambdas, telescoping_lambdas
 from trainers.harmonica.refit import Refit
 from trainers.harmonica.student import Row, Sampler, SoftCache
+from trainers.harmonica.trajectory import Drift, State, Trajectory, output_weights
 from trainers.noise_form import NoisePredictor
 from trainers.schemas.harmonica import Recipe
 
@@ -35,7 +36,8 @@ class Learned(nn.Module):
 
     Buffers: `lambdas` [R], the steps' weights; `beta` [1], and `computed` [1], the share that it was set by; `start`
     and `start_corrections`, the table's rows when the running trajectory began, from which its first steps can be
-    walked again.
+    walked again.  With `credited`, `credit` [R, N], what scores were worth to later steps of the last trajectory, and
+    `earned`, what they are worth to those of the running one so far.
     """
 
     lambdas: Tensor
@@ -43,8 +45,10 @@ class Learned(nn.Module):
     computed: Tensor
     start: Tensor
     start_corrections: Tensor
+    credit: Tensor
+    earned: Tensor
 
-    def __init__(self, router: RouterTable, beta: float) -> None:
+    def __init__(self, router: RouterTable, beta: float, credited: bool = False) -> None:
         super().__init__()
         self.router = router
         self.register_buffer("lambdas", torch.ones(len(router.logits)))
@@ -53,13 +57,19 @@ class Learned(nn.Module):
         self.register_buffer("start", torch.stack([row.detach() for row in router.logits]))
         if len(router.corrections):
             self.register_buffer("start_corrections", torch.stack([row.detach() for row in router.corrections]))
+        if credited:
+            self.register_buffer("credit", torch.zeros_like(self.start))
+            self.register_buffer("earned", torch.zeros_like(self.start))
 
     @torch.no_grad()
     def note_start(self) -> None:
-        """A trajectory begins."""
+        """A trajectory begins, and its updates have the credit of the last one."""
         self.start.copy_(torch.stack(list(self.router.logits)))
         if len(self.router.corrections):
             self.start_corrections.copy_(torch.stack(list(self.router.corrections)))
+        if hasattr(self, "credit"):
+            self.credit.copy_(self.earned)
+            self.earned.zero_()
 
     def row_at_start(self, step: int) -> Row | None:
         """A step's row as it was when the trajectory began, which is what the trajectory meets: it is updated there."""
@@ -74,18 +84,6 @@ class Learned(nn.Module):
             return None
         scores, corrections = self.router(step)
         return scores.detach(), None if corrections is None else corrections.detach()
-
-
-@dataclass
-class Trajectory:
-    """A trajectory under way, before `step`."""
-
-    number: int
-    step: int
-    latents: Tensor
-    scheduler: Any
-    conditions: Conditions
-    soft: SoftCache
 
 
 class HarmoniCaTask(CacheTask):
@@ -113,6 +111,7 @@ class HarmoniCaTask(CacheTask):
         self.config = config
         self._attach()
         self._running: Trajectory | None = None
+        self._reusing: CreditedCache | None = None
 
     @cached_property
     def noise(self) -> NoisePredictor:
@@ -122,6 +121,11 @@ class HarmoniCaTask(CacheTask):
             ValueError: the sampler is a flow, which has none.
         """
         return NoisePredictor(self.running)
+
+    @cached_property
+    def drift(self) -> Drift:
+        """How drift is told."""
+        return Drift(output_weights(self.sampler.scheduler), self.settings.objective.drift_power)
 
     def _attach(self) -> None:
         predictor = predictor_of("hold")()  # never asked while training: the student stands before it
@@ -164,7 +168,7 @@ class HarmoniCaTask(CacheTask):
             self._refresh(number)
         if self.clean is not None:
             return self._noised_loss(batch.to(self.running.device), self.clean)
-        if self._running is None or (self._running.number, self._running.step) != (
+        if self._running is None or (self._running.number, self._running.student.step) != (
             number,
             self.config.routed[position],
         ):
@@ -179,12 +183,22 @@ class HarmoniCaTask(CacheTask):
     def _begun(self, number: int, until: int) -> Trajectory:
         """A trajectory before step `until`: its first steps are computed, or walked again after a run was resumed."""
         latents, conditions = self._drawn(self.settings.data.batch_size, "trajectory", number, self.global_rank)
-        scheduler, soft = self.sampler.scheduler(), SoftCache(self.config)
-        at = Trajectory(number, 0, latents * scheduler.init_noise_sigma, scheduler, conditions, soft)
+        scheduler, objective = self.sampler.scheduler(), self.settings.objective
+        student = State(latents * scheduler.init_noise_sigma, scheduler)
+        full = State(student.latents, self.sampler.scheduler()) if objective.drift else None
+        soft = (CreditedCache if objective.credit else SoftCache)(self.config)
+        at = Trajectory(number, student, conditions, soft, full)
         for step in range(until):
-            soft.set_row(self.learned.row_at_start(step))
-            self._advance(at, self.sampler.output(at.latents, step, scheduler, conditions, soft))
+            row = self.learned.row_at_start(step)
+            soft.set_row(row)
+            output = self._output(student, conditions, soft)
+            if full is not None:
+                full.advance(output if step == 0 else self._output(full, conditions, None))
+            student.advance(output)
         return at
+
+    def _output(self, state: State, conditions: Conditions, soft: SoftCache | None) -> Tensor:
+        return self.sampler.output(state.latents, state.step, state.scheduler, conditions, soft)
 
     def _drawn(self, count: int, *what: int | str) -> tuple[Tensor, Conditions]:
         """Noise and conditions that are a function of the seed and `what`."""
@@ -193,25 +207,39 @@ class HarmoniCaTask(CacheTask):
         seeds = [derive_seed(self.settings.seed, "noise", *what, i) for i in range(count)]
         return self.running.initial_noise(seeds).float(), self.pool.select(index)
 
-    @staticmethod
-    def _advance(at: Trajectory, output: Tensor) -> None:
-        timestep = at.scheduler.timesteps[at.step]
-        at.latents = at.scheduler.step(output.detach(), timestep, at.latents, return_dict=False)[0]
-        at.step += 1
-
     def _trajectory_loss(self, at: Trajectory) -> Tensor:
-        step = at.step
+        step = at.student.step
         with torch.no_grad():
-            wanted = self.sampler.output(at.latents, step, at.scheduler, at.conditions, None)
+            wanted = self._output(at.teacher, at.conditions, None)
         row = self.learned.router(step)
         at.soft.set_row(row)
-        output = self.sampler.output(at.latents, step, at.scheduler, at.conditions, at.soft)
-        loss = self._loss(step, row[0], (output - wanted).square().mean())
+        output = self._output(at.student, at.conditions, at.soft)
         at.soft.set_row(None)  # which has a graph, and would outlive the update
-        self._advance(at, output)
+        at.student.advance(output)
+        if at.full is None:
+            error = (output - wanted).square().mean()
+        else:
+            at.full.advance(wanted)
+            error = self.drift(at, output, step)
+        loss = self._loss(step, row[0], error)
+        if isinstance(at.soft, CreditedCache):
+            loss = loss + (self.learned.credit[self.config.routed.index(step)] * row[0]).sum()
+            self._reusing = at.soft
         if step == len(self.config.timesteps) - 1:
             self._running = None
         return loss
+
+    def on_after_backward(self) -> None:
+        """What earlier steps' scores did for this one is credited to them in their own next updates."""
+        super().on_after_backward()
+        if self._reusing is None:
+            return
+        found, (worths, self._reusing) = torch.zeros_like(self.learned.earned), (self._reusing.worths(), None)
+        for step, unit, worth in worths:
+            found[self.config.routed.index(step), unit] += worth
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(found)
+        self.learned.earned += found / self.trainer.world_size
 
     def _loss(self, step: int, scores: Tensor, error: Tensor) -> Tensor:
         beta = self.learned.beta[0]
@@ -361,12 +389,11 @@ def build_task(recipe: Recipe) -> HarmoniCaTask:
         runs = own_runs(recipe, running, data.prompts, data.inputs, sampling, keep=[settings.steps])
         pool, clean = runs.conditions, runs.at(settings.steps)
     else:
-        pool, clean = (
-            running.encode(training_inputs(recipe.backbone.name, data.prompts, recipe.seed, data.inputs)),
-            None,
-        )
+        inputs = training_inputs(recipe.backbone.name, data.prompts, recipe.seed, data.inputs)
+        pool, clean = running.encode(inputs), None
     refit = None
     if recipe.objective.refit:
         runs = own_runs(recipe, running, data.prompts, data.recorded, sampling)
         refit = Refit(running, runs, config, recipe.objective.ridge, data.searched, recipe.objective.polish)
-    return HarmoniCaTask(recipe, running, Learned(RouterTable(config), recipe.objective.beta), pool, clean, refit)
+    learned = Learned(RouterTable(config), recipe.objective.beta, recipe.objective.credit)
+    return HarmoniCaTask(recipe, running, learned, pool, clean, refit)

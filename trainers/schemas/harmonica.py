@@ -61,6 +61,22 @@ class Objective(Section):
         description="what the weights are scaled to on average, so that beta does not have to follow their size, which "
         "falls by orders of magnitude as the table improves; 0 leaves them as estimated",
     )
+    drift: bool = Field(
+        default=False,
+        description="ask each step for the full model's own next latents, from the same noise, instead of what it says "
+        "about the student's: errors that point the same way at every step count as what they add up to",
+    )
+    drift_power: float = Field(
+        default=0.0,
+        ge=0,
+        description="drift: told in units of the step's prediction at 0, so that a step that moves the latents by "
+        "little, as early ones do, weighs as much as others, and in those of the latents at 2",
+    )
+    credit: bool = Field(
+        default=False,
+        description="let a computed unit's score also answer for what later steps reuse of it, which is added to the "
+        "loss of its next update; reuse_op hold, sub-modules or whole steps",
+    )
     beta: float = Field(default=7e-8, ge=0, description="price of a computed unit")
     target_compute: float | None = Field(
         default=None,
@@ -130,6 +146,17 @@ class Recipe(RecipeBase):
             raise ValueError(f"a share of {wrong[0]:g} must be below 1 and at least {lowest:g}, as much {what}")
         if objective.refit and not (self.module.granularity == "model" and self.module.reuse_op == "linear"):
             raise ValueError("objective.refit needs module.granularity model and module.reuse_op linear")
+        if objective.kind == "l2c" and (objective.drift or objective.credit):
+            raise ValueError("objective.drift and objective.credit follow a trajectory: leave them out for l2c")
+        if objective.credit and (self.module.reuse_op != "hold" or self.module.granularity == "block"):
+            raise ValueError(
+                "objective.credit knows what a held output is worth: it needs module.reuse_op hold and another "
+                "module.granularity than block"
+            )
+        if objective.credit and self.trainer.precision == "16-mixed":
+            raise ValueError(
+                "objective.credit reads gradients, which 16-mixed scales: set trainer.precision to bf16-mixed"
+            )
         if objective.polish and not objective.refit:
             raise ValueError("objective.polish moves the steps of a forecast that is fitted anew: set objective.refit")
         if self.data.searched > self.data.recorded:
