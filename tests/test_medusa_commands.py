@@ -6,6 +6,7 @@ import csv
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tests.tiny_language import tiny_llama
 from tests.tiny_medusa import RECIPE, save_tiny
 from trainers import evaluate, export, fit
 from trainers.config import EvaluateConfig, Evaluation
-from trainers.language_cases import compiled_case
+from trainers.language_cases import LanguageCase, compiled_case
 from trainers.medusa.layouts import R_FILE, V_FILE
 from trainers.medusa.prompts import Prompt
 
@@ -124,6 +125,9 @@ def test_medusa_2_is_measured_against_the_original_backbone(run: Path, tmp_path:
     assert "perplexity" in (tmp_path / "medusa_tiny" / "two" / "adapter" / "README.md").read_text()
 
 
+PLAIN = LanguageCase(name="plain decoding", kind="baseline", enter=lambda: nullcontext({}), one_by_one=True)
+
+
 class Uncompilable:
     """A model on the CPU whose compiled call fails."""
 
@@ -134,13 +138,13 @@ class Uncompilable:
 
 
 def test_what_does_not_compile_here_is_left_out_and_told() -> None:
-    assert compiled_case(Uncompilable(), [Prompt((1, 2), "all")], 4, 0) == (None, "no C++ compiler")
+    assert compiled_case(Uncompilable(), PLAIN, [Prompt((1, 2), "all")], 4, 0) == (None, "no C++ compiler")
 
 
 @pytest.mark.slow
 def test_plain_decoding_compiles_and_says_the_same() -> None:
     model = tiny_llama()
-    case, obstacle = compiled_case(model, [Prompt((5, 9), "all"), Prompt((5, 9, 30), "all")], 8, 1)
+    case, obstacle = compiled_case(model, PLAIN, [Prompt((5, 9), "all"), Prompt((5, 9, 30), "all")], 8, 1)
     assert case is not None and obstacle is None
     ids = torch.tensor([[5, 9, 30]])
     with case.enter() as call:
