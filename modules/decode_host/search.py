@@ -21,6 +21,8 @@ from modules.decode_host.rules import Exact
 from modules.decode_host.tree import Choice, Tree, order_choices
 from modules.decode_host.verify import Verifier
 
+_TIE = 0.03
+
 
 def accuracy(hits: Sequence[Sequence[int]], counts: Sequence[int]) -> list[list[float]]:
     """Share of right guesses by head and rank, from hits [K][R] and how often each head was compared [K]."""
@@ -77,17 +79,15 @@ def draft_by_chance(tokens: Tensor, chances: Tensor, nodes: int) -> Draft:
     return Draft(trees[0] if len(trees) == 1 else tuple(trees), tokens.new_tensor(drafted), sure)
 
 
-def best_size(values: Sequence[float], seconds: Mapping[int, float]) -> int:
-    """How many nodes below the root give most tokens per second.
+def fastest(tokens: Sequence[float], seconds: Sequence[float]) -> int:
+    """Which of several trees gives most tokens per second, by the tokens and seconds of its step.
 
-    Args:
-        values: what each node adds to the expected tokens per step, best first (`best_choices`).
-        seconds: of a step by rows, the root among them (`time_steps`); numbers of rows that were not timed are not
-            chosen, since the time between two of them need not lie between theirs.
+    Of those that timing does not tell from the best one (`_TIE`) the one with most tokens: the optimum is flat, and
+    calls saved are worth more wherever a call is dearer than in the measurement.
     """
-    tokens = 1.0 + np.concatenate([[0.0], np.cumsum(values)])
-    sizes = [rows - 1 for rows in sorted(seconds) if rows <= len(tokens)]
-    return max(sizes, key=lambda size: float(tokens[size]) / seconds[size + 1])
+    rates = [each / time for each, time in zip(tokens, seconds, strict=True)]
+    level = [index for index, rate in enumerate(rates) if rate >= (1 - _TIE) * max(rates)]
+    return max(level, key=lambda index: tokens[index])
 
 
 @torch.no_grad()
