@@ -19,7 +19,8 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
         ValueError: the model does not say which of its modules are layers.
     """
     kinds = set(getattr(model, "_no_split_modules", None) or ())
-    layers = [module for module in model.modules() if type(module).__name__ in kinds]
+    # FSDP makes a class of its own of each module's, so the names of all bases count.
+    layers = [module for module in model.modules() if kinds & {base.__name__ for base in type(module).__mro__}]
     if not layers:
         raise ValueError(f"a {type(model).__name__} does not name its decoder layers, whose outputs are asked for")
     return layers

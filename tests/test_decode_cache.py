@@ -13,7 +13,7 @@ from modules.decode_host import Tree, attach_drafter
 from modules.decode_host.backbone import Backbone
 from modules.decode_host.cache import keep_rows, set_columns
 from modules.medusa.output_layer import features
-from tests.tiny_decode import TREES, VOCABULARY, Knowing, Ragged, plain, prompts, texts, tiny_model
+from tests.tiny_decode import TREES, VOCABULARY, Knowing, Ragged, Random, plain, prompts, texts, tiny_model
 
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 16}
 
@@ -184,3 +184,19 @@ def test_a_tree_of_one_is_plain_decoding_bit_for_bit(kind: str) -> None:
     with attach_drafter(model, Knowing(Tree.chain(0), [[]])):
         got = model.generate(**call)
     assert all(map(torch.equal, got.logits, want.logits))
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_what_comes_back_may_be_written_to_and_trained_through(kind: str) -> None:
+    """Steps run without autograd's books, which must not show in what outlives them."""
+    model, inputs = tiny_model(), prompts(1)
+    call = GREEDY | {"max_new_tokens": 120, "cache_implementation": kind}
+    with attach_drafter(model, Random(TREES["dense"])):
+        out = model.generate(**inputs, **call, return_dict_in_generate=True, output_scores=True, output_logits=True)
+    held = [tensor for layer in out.past_key_values.layers for tensor in (layer.keys, layer.values)]
+    for tensor in [out.sequences, *out.scores, *out.logits, *held]:
+        assert not tensor.is_inference()
+        tensor.add_(0)
+    weight = torch.ones((), requires_grad=True)
+    sum((weight * tensor).sum() for tensor in [*out.scores, *held]).backward()
+    assert weight.grad is not None

@@ -12,6 +12,7 @@ from transformers import (
 )
 
 from modules.decode_host import attach_drafter
+from modules.decode_host.backbone import stepping
 from tests.tiny_decode import (
     CONFIGS,
     GREEDY,
@@ -227,3 +228,11 @@ def test_scores_and_logits_are_those_of_plain_decoding(batch: int, processors: d
     assert type(got) is type(want) and torch.equal(got.sequences, want.sequences)
     for name in ("scores", "logits"):
         torch.testing.assert_close(torch.stack(got[name]), torch.stack(want[name]), atol=1e-4, rtol=1e-4)
+
+
+def test_with_several_processes_steps_make_tensors_that_training_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    weight = torch.ones(2, requires_grad=True)
+    with stepping():
+        made = weight * 2
+    assert not made.is_inference() and not made.requires_grad

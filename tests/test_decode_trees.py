@@ -13,9 +13,9 @@ from modules.decode_host import Exact, Tree, Typical, order_choices
 from modules.decode_host.search import (
     accuracy,
     best_choices,
-    best_size,
     draft_by_chance,
     expected_tokens,
+    fastest,
     time_steps,
 )
 from modules.decode_host.tree import TreeTables
@@ -107,14 +107,17 @@ def test_11_accuracy_divides_each_head_by_its_own_count() -> None:
     assert accuracy([[8, 1], [3, 3]], [10, 6]) == [[0.8, 0.1], [0.5, 0.5]]
 
 
-def test_the_size_that_pays_depends_on_what_a_row_costs() -> None:
-    values = [0.5, 0.25, 0.125, 0.0625]
-    assert best_size(values, {1: 1.0, 5: 1.0}) == 4
-    assert best_size(values, {1: 1.0, 5: 9.0}) == 0
-    assert best_size(values, {1: 1.0, 2: 1.1, 3: 1.2, 5: 3.0}) == 2
-    assert best_size(values, {1: 1.0, 3: 1.0}) == 2  # nothing is promised where nothing was timed
-    assert best_size(values, {1: 1.0, 2: 1.4, 4: 1.6, 5: 1.55}) == 4  # as kernels are: whole fours cost little more
-    assert best_size(values, {1: 1.0, 9: 0.1}) == 0  # of more rows than there are guesses for
+def test_the_tree_that_pays_depends_on_what_its_step_costs() -> None:
+    tokens = [1.0, 1.5, 1.75, 1.875, 1.94]
+    assert fastest(tokens, [1.0, 1.0, 1.0, 1.0, 1.0]) == 4
+    assert fastest(tokens, [1.0, 2.0, 4.0, 6.0, 9.0]) == 0
+    assert fastest(tokens, [1.0, 1.1, 1.2, 1.8, 3.0]) == 2
+    assert fastest(tokens, [1.0, 1.4, 1.6, 1.7, 1.55]) == 4  # as kernels are: whole fours cost little more
+
+
+def test_of_trees_that_timing_does_not_tell_apart_the_one_with_most_tokens_is_drafted() -> None:
+    assert fastest([2.0, 2.5, 3.0], [1.0, 1.25, 1.53]) == 2
+    assert fastest([2.0, 2.5, 3.0], [1.0, 1.25, 1.60]) == 1
 
 
 @pytest.mark.parametrize("drafter", [None, Random(Tree.chain(3))], ids=["host", "with_drafter"])

@@ -6,6 +6,9 @@ import csv
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +16,14 @@ import pytest
 import torch
 
 from checkpoints.load import load_adapter
+from modules.decode_host import attach_drafter
 from modules.language_models import load_model
+from tests.tiny_decode import TREES, Random
 from tests.tiny_language import tiny_llama
 from tests.tiny_medusa import RECIPE, save_tiny
 from trainers import evaluate, export, fit
 from trainers.config import EvaluateConfig, Evaluation
-from trainers.language_cases import compiled_case
+from trainers.language_cases import LanguageCase, compiled_case, measure_language_cases
 from trainers.medusa.layouts import R_FILE, V_FILE
 from trainers.medusa.prompts import Prompt
 
@@ -124,6 +129,9 @@ def test_medusa_2_is_measured_against_the_original_backbone(run: Path, tmp_path:
     assert "perplexity" in (tmp_path / "medusa_tiny" / "two" / "adapter" / "README.md").read_text()
 
 
+PLAIN = LanguageCase(name="plain decoding", kind="baseline", enter=lambda: nullcontext({}), one_by_one=True)
+
+
 class Uncompilable:
     """A model on the CPU whose compiled call fails."""
 
@@ -134,15 +142,44 @@ class Uncompilable:
 
 
 def test_what_does_not_compile_here_is_left_out_and_told() -> None:
-    assert compiled_case(Uncompilable(), [Prompt((1, 2), "all")], 4, 0) == (None, "no C++ compiler")
+    assert compiled_case(Uncompilable(), PLAIN, [Prompt((1, 2), "all")], 4, 0) == (None, "no C++ compiler")
+
+
+def drafted(model: Any) -> LanguageCase:
+    """Random trees, and how often they had the backbone called."""
+    handles = []
+
+    @contextmanager
+    def enter() -> Iterator[dict[str, Any]]:
+        with attach_drafter(model, Random(TREES["dense"])) as handle:
+            handles.append(handle)
+            yield {}
+
+    def calls() -> int:
+        return handles[-1].counts.generations + handles[-1].counts.steps
+
+    return LanguageCase(name="trees", kind="adapter", enter=enter, calls=calls)
+
+
+def test_calls_that_are_told_are_those_that_a_hook_counts() -> None:
+    model, prompts = tiny_llama(), [Prompt((5, 9), "all"), Prompt((5, 9, 30), "all")]
+    told, hooked = drafted(model), replace(PLAIN, name="plain, hooked", one_by_one=False)
+    settings = Evaluation(new_tokens=12, timing_batch=1, inputs=2)
+    cases = [PLAIN, told, replace(told, name="hooked", calls=None), hooked]
+    rows = {row.name: row for row in measure_language_cases(model, cases, prompts, settings=settings, pad=1).rows}
+    assert rows["hooked"].work["tokens_per_step"] == rows["trees"].work["tokens_per_step"]
+    assert rows["plain, hooked"].work["tokens_per_step"] == rows["plain decoding"].work["tokens_per_step"] == 1
+    assert all(row.quality["exact_match"] == 1 for row in rows.values())
 
 
 @pytest.mark.slow
-def test_plain_decoding_compiles_and_says_the_same() -> None:
+@pytest.mark.parametrize("make", [lambda _: PLAIN, drafted], ids=["plain", "trees"])
+def test_a_compiled_step_says_the_same(make: Callable[[Any], LanguageCase]) -> None:
     model = tiny_llama()
-    case, obstacle = compiled_case(model, [Prompt((5, 9), "all"), Prompt((5, 9, 30), "all")], 8, 1)
+    case, obstacle = compiled_case(model, make(model), [Prompt((5, 9), "all"), Prompt((5, 9, 30), "all")], 8, 1)
     assert case is not None and obstacle is None
     ids = torch.tensor([[5, 9, 30]])
+    want = model.generate(input_ids=ids, max_new_tokens=8, do_sample=False)
     with case.enter() as call:
-        got = model.generate(input_ids=ids, max_new_tokens=8, do_sample=False, **call)
-    assert torch.equal(got, model.generate(input_ids=ids, max_new_tokens=8, do_sample=False))
+        assert torch.equal(model.generate(input_ids=ids, max_new_tokens=8, do_sample=False, **call), want)
+    assert (case.name, case.kind) in [("plain decoding, compiled", "plain"), ("trees, compiled", "adapter")]

@@ -26,6 +26,7 @@ def job(name: str, backbone: str, strategy: str, **changes: str) -> dict[str, An
         "data.path": str(Path(backbone).with_name("text.jsonl")),
         "data.batch_size": "4",
         "module.reads": "path",  # the output matrix is read by rows, too
+        "module.layers": "[1]",
         "optimizer.lr": "1e-3",
         "trainer.strategy": strategy,
         "trainer.devices": "2",

@@ -175,8 +175,8 @@ class Evaluation(Section):
     )
     compiled: bool = Field(
         default=False,
-        description="also measure a language model's plain decoding compiled by torch, where that works; on a CPU it "
-        "needs a C++ compiler and a minute",
+        description="also measure plain decoding of a language model, and Medusa, with a step compiled by torch, where "
+        "that works; on a CPU it needs a C++ compiler and a minute",
     )
     beside: Text | None = Field(
         default=None,

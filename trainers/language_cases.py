@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -37,7 +38,9 @@ class LanguageCase:
         enter: sets the shared model up, yields further arguments of `generate`, and undoes it on leaving.  It is
             entered once per timed call, outside the clock.
         reference: as enter, the decoding whose text this one must equal; None is the baseline's.
-        one_by_one: known to call the backbone once a token; calls are not counted, for a counter would be compiled too.
+        one_by_one: known to call the backbone once a token.
+        calls: how often the backbone was called since `enter`.  Where neither says, a hook counts, which a compiled
+            step would take in.
     """
 
     name: str
@@ -45,6 +48,7 @@ class LanguageCase:
     enter: Callable[[], AbstractContextManager[dict[str, Any]]]
     reference: Callable[[], AbstractContextManager[dict[str, Any]]] | None = None
     one_by_one: bool = False
+    calls: Callable[[], int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,11 +91,7 @@ def measure_language_cases(
     for number, case in enumerate(cases, 1):
         notify(f"text of {case.name} ({number}/{len(cases)})")
         with case.enter() as call:
-            if case.one_by_one:
-                texts[case.name] = [run(prompt, call) for prompt in prompts]
-                calls[case.name] = [len(t) - len(p.ids) for t, p in zip(texts[case.name], prompts, strict=True)]
-            else:
-                texts[case.name], calls[case.name] = run.counted(prompts, call)
+            texts[case.name], calls[case.name] = run.counted(prompts, call, case)
     same = {case.name: _equal(case, texts, run, prompts, baseline) for case in cases}
     groups: dict[str, list[int]] = {}
     for index, prompt in enumerate(prompts):
@@ -142,9 +142,9 @@ def measure_language_cases(
 
 
 def compiled_case(
-    model: Any, prompts: Sequence[Prompt], new_tokens: int, pad: int
+    model: Any, case: LanguageCase, prompts: Sequence[Prompt], new_tokens: int, pad: int
 ) -> tuple[LanguageCase | None, str | None]:
-    """Plain decoding with a static cache and a compiled step; or None and why this does not compile here."""
+    """A case with a static cache and a compiled step; or None and why this does not compile here."""
     from transformers import CompileConfig
 
     compiling = CompileConfig(mode="default" if model.device.type == "cpu" else "reduce-overhead", fullgraph=False)
@@ -152,7 +152,8 @@ def compiled_case(
 
     @contextmanager
     def enter() -> Iterator[dict[str, Any]]:
-        yield {"cache_implementation": "static", "compile_config": compiling}
+        with case.enter() as call:
+            yield {**call, "cache_implementation": "static", "compile_config": compiling}
 
     try:
         with enter() as call:
@@ -160,7 +161,8 @@ def compiled_case(
                 _Decoder(model, new_tokens, pad)(prompt, call)
     except Exception as error:  # the compiler's own classes, and whatever a model's code meets in it
         return None, " ".join(str(error).split())[:200]
-    return LanguageCase(name="plain decoding, compiled", kind="plain", enter=enter, one_by_one=True), None
+    kind: Kind = "plain" if case.kind == "baseline" else case.kind
+    return replace(case, name=f"{case.name}, compiled", kind=kind, enter=enter), None
 
 
 class _Decoder:
@@ -181,8 +183,19 @@ class _Decoder:
         )
         return tuple(output[0].tolist())
 
-    def counted(self, prompts: Sequence[Prompt], call: Mapping[str, Any]) -> tuple[list[Ids], list[int]]:
+    def counted(
+        self, prompts: Sequence[Prompt], call: Mapping[str, Any], case: LanguageCase
+    ) -> tuple[list[Ids], list[int]]:
         """Texts, and how often the backbone was called for each, the prompt's own call included."""
+        if case.one_by_one:
+            texts = [self(prompt, call) for prompt in prompts]
+            return texts, [len(text) - len(prompt.ids) for text, prompt in zip(texts, prompts, strict=True)]
+        if case.calls is not None:
+            texts, calls = [], [case.calls()]
+            for prompt in prompts:
+                texts.append(self(prompt, call))
+                calls.append(case.calls())
+            return texts, [after - before for before, after in pairwise(calls)]
         calls = [0]
 
         def count(*_: Any) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +14,16 @@ from modules.decode_host.cache import keep_rows, prepare_cache, set_columns
 from modules.decode_host.masks import TreeMasks, windows_of
 from modules.decode_host.tree import TreeTables
 from modules.hidden_states import side_by_side, tapped
+
+
+def stepping() -> AbstractContextManager[None]:
+    """The mode of the steps behind a prompt: hundreds of small operations, each quicker without autograd's books.
+
+    What is made within cannot be written to afterwards, so the cache is made before.  With several processes autograd
+    stays: what sharded weights are gathered into may be trained on afterwards.
+    """
+    shared = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.no_grad() if shared else torch.inference_mode()
 
 
 class Backbone:
@@ -42,6 +52,10 @@ class Backbone:
         self._last = self._shift = 0
         self._extra: dict[str, Any] = {}
         self._outputs: Mapping[int, Tensor] = {}
+        self._taps = ExitStack()
+        self._compiled: Callable[..., Any] | None = None
+        self._asked: dict[str, Any] = {}
+        self._rows = 2
 
     @property
     def room(self) -> int | None:
@@ -61,13 +75,11 @@ class Backbone:
         matrix = self.model.get_output_embeddings() if self.keep_hidden else None
         if self.keep_hidden and matrix is None:
             raise ValueError(f"{type(self.model).__name__} has no output matrix, whose input the drafter reads")
-        with grouped_attention(self.model), tapped(self.model, self.layers) as self._outputs:
-            hook = None if matrix is None else matrix.register_forward_pre_hook(self._keep)
-            try:
-                yield
-            finally:
-                if hook is not None:
-                    hook.remove()
+        with grouped_attention(self.model), self._taps:
+            self._outputs = self._taps.enter_context(tapped(self.model, self.layers))
+            if matrix is not None:
+                self._taps.callback(matrix.register_forward_pre_hook(self._keep).remove)
+            yield
 
     def _keep(self, module: Any, args: tuple[Tensor, ...]) -> None:
         self.hidden = side_by_side(args[0], self._outputs, self.layers)
@@ -88,7 +100,12 @@ class Backbone:
         positions = model_kwargs.get("position_ids")
         if positions is None or positions.dim() != 2:
             raise ValueError(f"{type(model).__name__} takes no position per token, by which a tree tells its nodes")
-        outputs = model._prefill(input_ids, generation_config, model_kwargs)
+        if model._valid_auto_compile_criteria(model_kwargs, generation_config):
+            self._compiled = model.get_compiled_call(generation_config.compile_config)
+            # A compiled step has no hooks of ours, and gives the same states out.  Those of transformers come with the
+            # first call that asks for them, which must not be the one that is compiled.
+            self._asked = {"output_hidden_states": [*self.layers, -1]} if self.keep_hidden else {}
+        outputs = model._prefill(input_ids, generation_config, {**model_kwargs, **self._asked})
         self.cache = outputs.past_key_values
         length = int(self.cache.get_seq_length())
         self.lengths, self.columns = [length] * len(input_ids), length
@@ -121,14 +138,23 @@ class Backbone:
             column = tables.depth + torch.tensor(lengths, device=tokens.device)[:, None]
             # What a sequence at its limit guesses is of no use, but a learned position must exist.
             column = column.clamp_(max=self._last)
-        outputs = self.model(
+        run = self.model
+        if self._compiled is not None and tokens.shape[1] >= self._rows:
+            # Trees are cut at the end of a text, and each size would be compiled anew: only the largest is.
+            run, self._rows = self._compiled, tokens.shape[1]
+            self._taps.close()
+        outputs = run(
             input_ids=tokens,
             attention_mask=self._masks.build(tables, lengths, columns, self._widths),
             position_ids=column + self._offset,
             past_key_values=self.cache,
             return_dict=True,
+            **self._asked,
             **self._extra,
         )
+        if self._asked:
+            states = outputs.hidden_states
+            self.hidden = side_by_side(states[-1], {layer: states[layer] for layer in self.layers}, self.layers)
         logits: Tensor = outputs.logits
         return logits
 

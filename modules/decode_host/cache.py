@@ -108,6 +108,9 @@ class _Move:
     """Moves rows within the columns of a tensor [B, H, columns, D], in place."""
 
     def __init__(self, columns: int, lengths: Sequence[int], paths: Sequence[Sequence[int]]) -> None:
+        if len(paths) == 1:  # what is in place already stays
+            placed = sum(node == place for place, node in enumerate(paths[0]))
+            lengths, paths = [lengths[0] + placed], [paths[0][placed:]]
         longest = max(map(len, paths))
         # Shorter paths are filled up: what is written past a sequence's length is never looked at.
         self.source = [[columns + node for node in (*path, *[0] * (longest - len(path)))] for path in paths]
@@ -125,8 +128,7 @@ class _Move:
             )
         source, target = self._on[rows.device]
         if len(source) == 1:
-            start = self.target[0][0]
-            rows[:, :, start : start + source.shape[1]] = rows.index_select(2, source[0])
+            rows.narrow(2, self.target[0][0], source.shape[1]).copy_(rows.index_select(2, source[0]))
             return rows
         batch, heads, _, width = rows.shape
         shape = (batch, heads, source.shape[1], width)
@@ -140,6 +142,6 @@ def _set_length(layer: Any, length: int) -> None:
         if isinstance(layer, StaticSlidingWindowLayer):
             layer.cumulative_length_int = length
         return
-    layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
+    layer.keys, layer.values = layer.keys.narrow(2, 0, length), layer.values.narrow(2, 0, length)
     if isinstance(layer, DynamicSlidingWindowLayer):
         layer.cumulative_length = length

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from transformers.generation import GenerationMode
 
 from modules.contracts import Drafter
-from modules.decode_host.backbone import Backbone
+from modules.decode_host.backbone import Backbone, stepping
 from modules.decode_host.counts import Counts
 from modules.decode_host.draft import Draft, DraftState
 from modules.decode_host.output import Output
@@ -64,8 +65,9 @@ class DraftedDecoding:
         backbone = Backbone(model, self.drafter.needs_hidden, self.drafter.hidden_layers)
         self.counts.generations += 1
         self.drafter.begin(output.rows)
-        with backbone.decoding(), model._optimize_model_for_decode():
+        with backbone.decoding(), model._optimize_model_for_decode(), ExitStack() as steps:
             logits = backbone.prefill(input_ids, config, model_kwargs)
+            steps.enter_context(stepping())
             vocabulary = logits.shape[-1]
             trees, tokens = [ROOT_ALONE], input_ids[:, -1:].to(logits.device)
             verdict = verifier(logits, tokens, trees, ROOT_ALONE.tables(logits.device), output.context, output.active)
@@ -90,8 +92,7 @@ class DraftedDecoding:
             return [ROOT_ALONE], root
         hidden = backbone.hidden
         if hidden is not None:
-            rows = torch.arange(len(root), device=hidden.device)
-            hidden = hidden[rows, torch.tensor(verdict.last, device=hidden.device)]
+            hidden = _at(hidden, verdict.last)
         draft = self.drafter.propose(DraftState(output.rows, verdict.root, hidden, output.active, depth + 1))
         trees = [draft.tree] if isinstance(draft.tree, Tree) else list(draft.tree)
         _check_draft(draft, trees, len(root), type(self.drafter).__name__)
@@ -122,6 +123,14 @@ class DraftedDecoding:
         self.counts.tokens += sum(grown)
         self.counts.nodes += len(grown) * len(trees[0])
         self.counts.accepted.update(count - 1 for count in grown)
+
+
+def _at(hidden: Tensor, nodes: Sequence[int]) -> Tensor:
+    """[B, D] at a node of each sequence."""
+    if len(nodes) == 1:
+        return hidden[:, nodes[0]]
+    rows = torch.arange(len(nodes), device=hidden.device)
+    return hidden[rows, torch.tensor(nodes, device=hidden.device)]
 
 
 def _tree(trees: Sequence[Tree], row: int) -> Tree:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
@@ -47,12 +48,13 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untyp
         length = held.shape[-2] if held.dim() == 4 else 0
         total, room = length + rows.shape[-2], self._rooms[which]
         if room is None or not _fits(room, rows, total) or (length and not _begins(room, held)):
-            room = rows.new_empty(*rows.shape[:-2], total + max(_LEAST, total // 4), rows.shape[-1])
+            with torch.inference_mode(False):  # a cache outlives the decoding that makes it
+                room = rows.new_empty(*rows.shape[:-2], total + max(_LEAST, total // 4), rows.shape[-1])
             if length:
-                room[..., :length, :] = held
+                room.narrow(-2, 0, length).copy_(held)
             self._rooms[which] = room
-        room[..., length:total, :] = rows
-        return room[..., :total, :]
+        room.narrow(-2, length, rows.shape[-2]).copy_(rows)
+        return room.narrow(-2, 0, total)
 
 
 def give_room(cache: DynamicCache) -> DynamicCache:

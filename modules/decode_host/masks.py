@@ -41,6 +41,9 @@ def windows_of(config: Any) -> dict[str, int | None]:
     return {kind: known[kind] for kind in kinds}
 
 
+_KEPT = 64  # trees whose masks are kept
+
+
 class TreeMasks:
     """Additive masks [B or 1, 1, M, columns + M] for trees of M nodes, in the backbone's dtype.
 
@@ -51,6 +54,7 @@ class TreeMasks:
         """`prompt`: [B, T], which columns of the prompt are tokens; None where all are."""
         self.windows, self.prompt, self.dtype = windows, prompt, dtype
         self._free = torch.zeros(0)
+        self._trees: dict[tuple[int, int | None], tuple[TreeTables, Tensor]] = {}
 
     def build(
         self, tables: TreeTables, lengths: Sequence[int], columns: int, widths: Mapping[bool, int | None]
@@ -84,10 +88,15 @@ class TreeMasks:
         return torch.cat([part.expand(size, 1, nodes, -1) for part in parts], dim=-1)
 
     def _tree(self, tables: TreeTables, window: int | None) -> Tensor:
-        seen = tables.ancestors
-        if window is not None:
-            seen = seen & (tables.depth[:, :, None] - tables.depth[:, None, :] < window)
-        return self._additive(seen)[:, None]
+        key = id(tables), window
+        if key not in self._trees:
+            seen = tables.ancestors
+            if window is not None:
+                seen = seen & (tables.depth[:, :, None] - tables.depth[:, None, :] < window)
+            if len(self._trees) >= _KEPT:
+                self._trees.clear()
+            self._trees[key] = tables, self._additive(seen)[:, None]  # with its tables, whose id no other then has
+        return self._trees[key][1]
 
     def _committed(self, tables: TreeTables, lengths: Sequence[int], columns: int, window: int | None) -> Tensor:
         device = tables.depth.device

@@ -66,6 +66,8 @@ class Exact(Rule):
         chosen = self.choose(scores, rows, tables.depth, tables.path.shape[2])
         if chosen.shape[1] == 1:
             return torch.zeros_like(chosen[:, 0]), chosen[:, 0]
+        if chosen.device.type == "cpu":
+            return _walked(chosen, tokens, tables)
         spelled = tokens == chosen.gather(1, tables.parent.expand_as(tokens))
         last = (reached(spelled, tables) * (tables.depth + 1)).argmax(dim=1, keepdim=True)
         return last[:, 0], chosen.gather(1, last)[:, 0]
@@ -153,6 +155,22 @@ def _argmax(scores: Tensor) -> Tensor:
     if scores.device.type == "cpu" and scores.dtype == torch.float32:
         return torch.from_numpy(scores.detach().numpy().argmax(axis=-1))
     return scores.argmax(dim=-1)
+
+
+def _walked(chosen: Tensor, tokens: Tensor, tables: TreeTables) -> tuple[Tensor, Tensor]:
+    """The last node whose path spells the chosen tokens, and what follows it: on a CPU a loop beats ten kernels."""
+    ends = []
+    parent, depth = tables.parent.tolist(), tables.depth.tolist()
+    for row, (best, guesses) in enumerate(zip(chosen.tolist(), tokens.tolist(), strict=True)):
+        parents, depths = parent[row % len(parent)], depth[row % len(depth)]
+        spelled, last = [True], 0
+        for node in range(1, len(guesses)):
+            spelled.append(spelled[parents[node]] and guesses[node] == best[parents[node]])
+            if spelled[node] and depths[node] > depths[last]:
+                last = node
+        ends.append((last, best[last]))
+    last_B, root_B = torch.tensor(ends, dtype=torch.int64).unbind(1)
+    return last_B, root_B
 
 
 def reached(kept: Tensor, tables: TreeTables) -> Tensor:

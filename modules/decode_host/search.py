@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from statistics import median
 from typing import Any
 
@@ -14,11 +15,13 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 
 from modules.contracts import Drafter
-from modules.decode_host.backbone import Backbone
+from modules.decode_host.backbone import Backbone, stepping
 from modules.decode_host.draft import Draft, DraftState
 from modules.decode_host.rules import Exact
 from modules.decode_host.tree import Choice, Tree, order_choices
 from modules.decode_host.verify import Verifier
+
+_TIE = 0.03
 
 
 def accuracy(hits: Sequence[Sequence[int]], counts: Sequence[int]) -> list[list[float]]:
@@ -76,17 +79,15 @@ def draft_by_chance(tokens: Tensor, chances: Tensor, nodes: int) -> Draft:
     return Draft(trees[0] if len(trees) == 1 else tuple(trees), tokens.new_tensor(drafted), sure)
 
 
-def best_size(values: Sequence[float], seconds: Mapping[int, float]) -> int:
-    """How many nodes below the root give most tokens per second.
+def fastest(tokens: Sequence[float], seconds: Sequence[float]) -> int:
+    """Which of several trees gives most tokens per second, by the tokens and seconds of its step.
 
-    Args:
-        values: what each node adds to the expected tokens per step, best first (`best_choices`).
-        seconds: of a step by rows, the root among them (`time_steps`); numbers of rows that were not timed are not
-            chosen, since the time between two of them need not lie between theirs.
+    Of those that timing does not tell from the best one (`_TIE`) the one with most tokens: the optimum is flat, and
+    calls saved are worth more wherever a call is dearer than in the measurement.
     """
-    tokens = 1.0 + np.concatenate([[0.0], np.cumsum(values)])
-    sizes = [rows - 1 for rows in sorted(seconds) if rows <= len(tokens)]
-    return max(sizes, key=lambda size: float(tokens[size]) / seconds[size + 1])
+    rates = [each / time for each, time in zip(tokens, seconds, strict=True)]
+    level = [index for index, rate in enumerate(rates) if rate >= (1 - _TIE) * max(rates)]
+    return max(level, key=lambda index: tokens[index])
 
 
 @torch.no_grad()
@@ -111,27 +112,29 @@ def time_steps(
     layers = next((one.hidden_layers for one in drafters.values() if one.hidden_layers), ())
     backbone = Backbone(model, any(one.needs_hidden for one in drafters.values()), layers)
     verifier = Verifier(Exact(), [], 1, keep_scores=False)
-    config = GenerationConfig(max_length=context + max(rows) + 1)
+    config = GenerationConfig(max_length=context + max(rows) + 2)
     config._mask_length = context
     inputs = {"past_key_values": DynamicCache(), "position_ids": torch.arange(context, device=device)[None]}
     trees = {n: Tree(tuple((node - 1) // 2 if node else -1 for node in range(n))) for n in rows}
     times: dict[int, list[float]] = {n: [] for n in rows}
-    with backbone.decoding():
+    with backbone.decoding(), ExitStack() as steps:
         backbone.prefill(ids, config, {**inputs, "use_cache": True})
         state = DraftState(ids.tolist(), ids[:, -1], _last(backbone.hidden), [True], max(rows))
         for one in dict.fromkeys(drafters.values()):
             one.begin(state.rows)
+        steps.enter_context(stepping())
         for _ in range(repeats + 1):
             for n, tree in trees.items():
+                path = tree.paths[-1][:: max(1, tree.depth)]  # the root and the last node, whose rows move
                 tokens, tables = ids[:, -1:].repeat(1, n), tree.tables(device)
                 start = _now(device)
                 if n in drafters:
                     drafters[n].propose(state)
                 logits = backbone(tokens, tables)
                 verifier(logits, tokens, [tree], tables, lambda row: ids, [True])
-                backbone.commit([(0,)], [True])
+                backbone.commit([path], [True])
                 times[n].append(_now(device) - start)
-                backbone.rewind(1)
+                backbone.rewind(len(path))
     return {n: median(seconds[1:]) for n, seconds in times.items()}
 
 

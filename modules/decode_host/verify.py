@@ -94,17 +94,12 @@ class Verifier:
             flat = logits.flatten(0, 1).to(torch.float32, copy=True)
             scores = self.processors(tokens.reshape(-1, 1), flat).view(logits.shape)
         last, root = self.rule.keep(scores, tokens, tables)
-        rows = torch.arange(len(tokens), device=tokens.device)
-        path = tables.path.expand(len(tokens), -1, -1)[rows, last]
         # The only transfer to the host of a step.
-        told = torch.cat([last[:, None], root[:, None], tokens.gather(1, path)], dim=1).tolist()
-        nodes = [row[0] for row in told]
-        depths = [_tree(trees, row).depths[node] for row, node in enumerate(nodes)]
-        taken = [[*row[3 : 3 + depth], row[1]] for row, depth in zip(told, depths, strict=True)]
-        kept = None
-        if self.keep_scores:
-            kept = [scores[row, list(_tree(trees, row).paths[node])].float() for row, node in enumerate(nodes)]
-        return Verdict(nodes, taken, root, kept)
+        told = torch.cat([last[:, None], root[:, None], tokens], dim=1).tolist()
+        paths = [_tree(trees, number).paths[row[0]] for number, row in enumerate(told)]
+        taken = [[*(row[2 + node] for node in path[1:]), row[1]] for row, path in zip(told, paths, strict=True)]
+        kept = [scores[row, list(path)].float() for row, path in enumerate(paths)] if self.keep_scores else None
+        return Verdict([path[-1] for path in paths], taken, root, kept)
 
     def _by_path(
         self,

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.nn import functional
 
-from modules.decode_host.search import best_choices, best_size, expected_tokens, time_steps
+from modules.decode_host.search import best_choices, expected_tokens, fastest, time_steps
 from modules.medusa import MedusaConfig, MedusaDrafter, StackedHeads
 from modules.medusa.output_layer import features
 
 # Of a step, the root among them.  Matrix products take whole fours or eights of rows: seven cost more than eight.
 _ROWS = (1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 48, 64)
+_QUICK, _CLOSE, _HOPE = 5, 40, 0.85  # repeats of a look, and the share of the best rate that leads to the second
 _POSITIONS = 32  # states whose guesses are made at a time
 
 
@@ -93,16 +94,30 @@ def fastest_tree(model: Any, heads: StackedHeads, accuracy: Sequence[Sequence[fl
     """
     limit = getattr(model.config, "max_position_embeddings", None) or 512
     context = max(1, min(256, limit - _ROWS[-1] - 1))
-    rates: dict[float, list[list[int]]] = {}
-    for depth in range(1 if heads.by_path else len(accuracy), len(accuracy) + 1):
-        shallow = accuracy[:depth]
-        trees = {rows: best_tree(shallow, rows - 1) for rows in _ROWS}
-        drafters = {rows: MedusaDrafter(heads, tree) for rows, tree in trees.items() if len(tree) == rows - 1}
-        seconds = time_steps(model, list(drafters), context=context, drafter=drafters)
-        size = best_size([value for _, value in best_choices(shallow, _ROWS[-1])], seconds)
-        tree = trees[size + 1]
-        rates[expected_tokens(accuracy, [tuple(choice) for choice in tree]) / seconds[size + 1]] = tree
-    return rates[max(rates)]
+    depths = range(1 if heads.by_path else len(accuracy), len(accuracy) + 1)
+    trees = {(depth, rows): best_tree(accuracy[:depth], rows - 1) for depth in depths for rows in _ROWS}
+    tokens = {
+        place: expected_tokens(accuracy, [tuple(choice) for choice in tree])
+        for place, tree in trees.items()
+        if len(tree) == place[1] - 1 and (len(depths) == 1 or place[0] == max(map(len, tree), default=1))
+    }
+    drafters = {place: MedusaDrafter(heads, trees[place]) for place in tokens}
+
+    def steps(places: Collection[tuple[int, int]], repeats: int) -> dict[tuple[int, int], float]:
+        """In plain steps of the same minute, since a machine has better and worse ones."""
+        took: dict[tuple[int, int], float] = {}
+        for depth in sorted({depth for depth, _ in places}):
+            own = {rows: drafters[depth, rows] for at, rows in places if at == depth}
+            seconds = time_steps(model, sorted({1, *own}), context=context, repeats=repeats, drafter=own)
+            took |= {(depth, rows): seconds[rows] / seconds[1] for rows in own}
+        return took
+
+    # Only those that a quick look does not rule out are looked at closely.
+    quick = steps(tokens, _QUICK)
+    rate = {place: tokens[place] / took for place, took in quick.items()}
+    close = steps([place for place in rate if rate[place] >= _HOPE * max(rate.values())], _CLOSE)
+    places = list(close)
+    return trees[places[fastest([tokens[place] for place in places], list(close.values()))]]
 
 
 def calibrated(

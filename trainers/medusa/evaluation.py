@@ -17,6 +17,7 @@ from checkpoints.manifest import check_valid_for
 from data.records import STDLIB, held_out_records, tokenize
 from data.text import IGNORED, pack
 from modules.decode_host.attach import attach_drafter
+from modules.decode_host.counts import Counts
 from modules.decode_host.search import expected_tokens
 from modules.hybrid import Hybrid
 from modules.language_models import load_model
@@ -32,6 +33,7 @@ from trainers.text_quality import repeated_share
 from trainers.verdict import lossless_verdict
 
 _PROMPT_LENGTH, _LOOKED_UP, _BLOCK = 256, 10, 256
+_COMPILED = 3  # plain decoding, the adapter's tree and the hybrid
 _DRAFTS = {"embedded:llama": "embedded:llama_draft"}
 
 
@@ -51,12 +53,13 @@ def measure(request: Request) -> Measured:
     load = partial(attach, model, manifest, tensors)
     cases = _cases(model, config, load, _draft_model(request))
     pad = int(tokenizer.pad_token_id)
-    compiled, obstacle = None, None
-    if settings.compiled:
-        request.notify("compiling plain decoding")
-        compiled, obstacle = compiled_case(model, prompts, settings.new_tokens, pad)
-    if compiled is not None:
-        cases.insert(1, compiled)
+    obstacle = None
+    for case in cases[:_COMPILED] if settings.compiled else ():
+        request.notify(f"compiling {case.name}")
+        compiled, obstacle = compiled_case(model, case, prompts, settings.new_tokens, pad)
+        if compiled is None:
+            break
+        cases.insert(cases.index(case) + 1, compiled)
     found = measure_language_cases(model, cases, prompts, settings=settings, pad=pad, notify=request.notify)
     plain = [found.texts[cases[0].name][i][len(prompt.ids) :] for i, prompt in enumerate(prompts)]
     categories = list(dict.fromkeys(prompt.category for prompt in prompts))
@@ -95,11 +98,18 @@ def measure(request: Request) -> Measured:
 def _cases(model: Any, config: MedusaConfig, load: Callable[[], MedusaHandle], draft: Any) -> list[LanguageCase]:
     nodes, ranks = max(1, len(config.tree)), max(map(len, config.hits), default=1)
 
+    counts = Counts()
+
     @contextmanager
     def medusa(change: Callable[[MedusaHandle], None] = lambda _: None) -> Iterator[dict[str, Any]]:
+        nonlocal counts
         with load() as handle:
             change(handle)
+            counts = handle.counts
             yield {}
+
+    def calls() -> int:
+        return counts.generations + counts.steps
 
     @contextmanager
     def drafted(make: Callable[[], Any]) -> Iterator[dict[str, Any]]:
@@ -119,11 +129,12 @@ def _cases(model: Any, config: MedusaConfig, load: Callable[[], MedusaHandle], d
 
     # Medusa-2's text is the changed backbone's own: that is what it must equal.
     own = None if config.lora is None else partial(medusa, lambda handle: handle.medusa.use_tree([]))
+    ours = partial(LanguageCase, kind="adapter", reference=own, calls=calls)
     cases = [
-        LanguageCase(name="plain decoding", kind="baseline", enter=called),
-        LanguageCase(name=f"Medusa, {nodes} nodes", kind="adapter", enter=medusa, reference=own),
-        LanguageCase(name="Medusa and prompt lookup", kind="adapter", enter=partial(medusa, hybrid), reference=own),
-        LanguageCase(name="Medusa, dynamic tree", kind="adapter", enter=partial(medusa, dynamic), reference=own),
+        LanguageCase(name="plain decoding", kind="baseline", enter=called, one_by_one=True),
+        ours(name=f"Medusa, {nodes} nodes", enter=medusa),
+        ours(name="Medusa and prompt lookup", enter=partial(medusa, hybrid)),
+        ours(name="Medusa, dynamic tree", enter=partial(medusa, dynamic)),
         LanguageCase(name="prompt lookup", kind="untrained", enter=partial(drafted, PromptLookup)),
         LanguageCase(name="trie lookahead", kind="untrained", enter=partial(drafted, TrieLookahead)),
         LanguageCase(
