@@ -27,7 +27,7 @@ def jobs(folder: Path, strategies: list[str], methods: list[str]) -> list[dict[s
     pipeline, model = tiny_ilf.save_tiny("dit", folder), tiny_kv.save_tiny(folder)
     backbones = {
         "forecast": {"backbone.name": pipeline},
-        "harmonica": {"backbone.name": pipeline},
+        "harmonica": {"backbone.name": pipeline, "objective.drift": "true", "objective.credit": "true"},
         "locret": {"backbone.name": model, "data.path": str(folder / "text")},
         "matryoshka_kv": {"backbone.name": model, "data.path": str(folder / "text")},
     }
