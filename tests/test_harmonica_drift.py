@@ -15,14 +15,12 @@ from modules.contracts import Features
 from modules.solvers import dpm_solver_table
 from tests.contract_cases.harmonica import RECIPE
 from tests.tiny_forecast import save_tiny, tiny_recipe
-from tests.tiny_harmonica import task_of, trained
+from tests.tiny_harmonica import resumed_and_whole, task_of, trained
 from trainers.harmonica.credit import CreditedCache
 from trainers.harmonica.student import SoftCache
 from trainers.harmonica.task import HarmoniCaTask
 from trainers.harmonica.trajectory import output_weights
 from trainers.recipes import ConfigError
-from trainers.run_folder import RunFolder
-from trainers.training import train
 
 BOTH = {"objective.drift": "true", "objective.credit": "true", "objective.lambda_mode": "none"}
 
@@ -234,13 +232,7 @@ def test_an_update_still_moves_one_row_and_nothing_accumulates(saved: Path) -> N
 def test_resuming_with_drift_and_credit_equals_never_stopping(saved: Path, tmp_path: Path, own: dict[str, str]) -> None:
     settings = BOTH | own | {"optimizer.schedule": "constant", "trainer.ema": "0.5"}
     name = save_tiny("dit", saved)
-    whole = trained(name, tmp_path / "whole", **settings)
-    (tmp_path / "parts").mkdir()
-    for stop in ("2", "5", "8"):  # trajectories are three updates long
-        part = task_of(name, **settings, trainer__max_steps=stop)
-        train(part, RunFolder(tmp_path / "parts"))
-    mine, theirs = part.state_dict(), whole.state_dict()
-    assert mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)
+    part, whole = resumed_and_whole(name, tmp_path, **settings)
     assert whole.learned.credit.any() and torch.equal(part.masks(), whole.masks())
 
 

@@ -17,7 +17,7 @@ from modules.harmonica import attach_masks
 from modules.pipelines import driver, load_pipeline
 from tests.tiny import tiny_pipeline
 from tests.tiny_forecast import save_tiny
-from tests.tiny_harmonica import task_of, trained
+from tests.tiny_harmonica import resumed_and_whole, task_of, trained
 from tests.tiny_ilf import driver_of, hooked
 from trainers.base import state_hash
 from trainers.forecast.fitting import Fitter, image_error, late_steps, mask_of
@@ -250,13 +250,7 @@ def test_weights_are_scaled_to_their_mean(saved: Path) -> None:
 def test_resuming_in_the_middle_of_a_trajectory_equals_never_stopping(saved: Path, tmp_path: Path) -> None:
     name = save_tiny("dit", saved)
     settings = {"optimizer__schedule": "constant", "module__reuse_op": "linear"}
-    whole = trained(name, tmp_path / "whole", **settings)
-    (tmp_path / "parts").mkdir()
-    for stop in ("2", "5", "8"):  # trajectories are three updates long
-        part = task_of(name, **settings, trainer__max_steps=stop)
-        train(part, RunFolder(tmp_path / "parts"))
-    mine, theirs = part.state_dict(), whole.state_dict()
-    assert mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)
+    resumed_and_whole(name, tmp_path, **settings)
 
 
 # Learning-to-Cache.

@@ -32,6 +32,18 @@ def trained(name: str, folder: Path, **changes: str) -> HarmoniCaTask:
     return task
 
 
+def resumed_and_whole(name: str, folder: Path, **changes: str) -> tuple[HarmoniCaTask, HarmoniCaTask]:
+    """A run that stopped within trajectories and one that never stopped, which must end alike, bit for bit."""
+    whole = trained(name, folder / "whole", **changes)
+    (folder / "parts").mkdir()
+    for stop in ("2", "5", "8"):  # trajectories are three updates long
+        part = task_of(name, **changes, trainer__max_steps=stop)
+        train(part, RunFolder(folder / "parts"))
+    mine, theirs = part.state_dict(), whole.state_dict()
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)
+    return part, whole
+
+
 def config_of(pipe: Any, granularity: str = "submodule", **changes: Any) -> HarmoniCaConfig:
     stack = block_stack(pipe.transformer)
     parts = [[f"{n}.{part}" for part in stack.submodules(i)] for i, n in enumerate(stack.names)]

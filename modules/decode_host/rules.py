@@ -160,13 +160,13 @@ def _argmax(scores: Tensor) -> Tensor:
 def _walked(chosen: Tensor, tokens: Tensor, tables: TreeTables) -> tuple[Tensor, Tensor]:
     """The last node whose path spells the chosen tokens, and what follows it: on a CPU a loop beats ten kernels."""
     ends = []
-    parent, depth = tables.parent.tolist(), tables.depth.tolist()
+    parent = tables.parent.tolist()
     for row, (best, guesses) in enumerate(zip(chosen.tolist(), tokens.tolist(), strict=True)):
-        parents, depths = parent[row % len(parent)], depth[row % len(depth)]
+        parents = parent[row % len(parent)]
         spelled, last = [True], 0
         for node in range(1, len(guesses)):
             spelled.append(spelled[parents[node]] and guesses[node] == best[parents[node]])
-            if spelled[node] and depths[node] > depths[last]:
+            if spelled[node]:  # nodes are sorted by depth, so the last is the deepest
                 last = node
         ends.append((last, best[last]))
     last_B, root_B = torch.tensor(ends, dtype=torch.int64).unbind(1)
